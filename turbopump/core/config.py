@@ -1,0 +1,390 @@
+"""The recipe: frozen dataclasses are the configuration, TOML is their printed form.
+
+`load` reads a recipe, applies overrides by dotted path (`model.num_layers=8`), and reports all problems at once, each
+with its dotted path, the value given, what is allowed and what to do. pydantic checks types and ranges at this
+boundary only; inside the program a config is a plain frozen dataclass. Nothing derived is ever written back.
+A table with a `kind` (`[model]`, `[data]`) is read by the dataclass of that plug-in.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import tomllib
+import types
+import typing
+from collections.abc import Mapping, Sequence
+from dataclasses import MISSING, dataclass, field
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import tomli_w
+from annotated_types import Ge, Gt, Le, Lt
+from pydantic import ConfigDict, TypeAdapter, ValidationError
+
+from turbopump.core import plugins
+from turbopump.core.errors import ConfigError, UsageError
+
+SCHEMA_VERSION = 1
+
+PositiveInt = Annotated[int, Ge(1)]
+NonNegativeInt = Annotated[int, Ge(0)]
+PositiveFloat = Annotated[float, Gt(0)]
+NonNegativeFloat = Annotated[float, Ge(0)]
+Fraction = Annotated[float, Ge(0), Le(1)]
+Probability = Annotated[float, Ge(0), Lt(1)]
+
+
+def setting(default: Any = MISSING, doc: str = "") -> Any:
+    """A field of a config dataclass with the one line that the generated reference prints."""
+    if isinstance(default, type):
+        return field(default_factory=default, metadata={"doc": doc})
+    return field(default=default, metadata={"doc": doc})
+
+
+@dataclass(frozen=True)
+class OptimizerConfig:
+    """How the weights are updated."""
+
+    kind: Literal["adamw", "muon"] = setting(
+        "adamw", "`adamw`, or `muon`: Muon for the matrices of the blocks, AdamW for everything else"
+    )
+    lr: PositiveFloat = setting(3e-4, "peak learning rate of AdamW")
+    muon_lr: PositiveFloat = setting(0.02, "peak learning rate of Muon")
+    beta1: Probability = setting(0.9, "decay of the first moment of AdamW")
+    beta2: Probability = setting(0.95, "decay of the second moment of AdamW")
+    muon_momentum: Probability = setting(0.95, "momentum of Muon")
+    eps: PositiveFloat = setting(1e-8, "term of AdamW that keeps its division finite")
+    weight_decay: NonNegativeFloat = setting(0.1, "decoupled weight decay of matrices; vectors (norms, biases) get 0")
+    clip_norm: NonNegativeFloat = setting(1.0, "largest global gradient norm; 0 does not clip")
+
+
+@dataclass(frozen=True)
+class ScheduleConfig:
+    """Learning rate over the run, as a multiple of the peak."""
+
+    kind: Literal["cosine", "wsd", "constant"] = setting(
+        "cosine", "`cosine`, `wsd` (warm-up, stable, linear decay) or `constant`; all after a linear warm-up"
+    )
+    warmup_steps: NonNegativeInt = setting(100, "steps of the linear warm-up")
+    decay_fraction: Fraction = setting(0.2, "last share of the run that `wsd` decays over")
+    final_fraction: Fraction = setting(0.1, "share of the peak learning rate at the last step")
+
+
+@dataclass(frozen=True)
+class PrecisionConfig:
+    """Arithmetic of forward and backward; weights and optimizer states stay fp32."""
+
+    compute: Literal["auto", "fp32", "bf16"] = setting(
+        "fp32", "`fp32`, `bf16` (autocast), or `auto`: what a short measurement on this machine finds fastest"
+    )
+
+
+@dataclass(frozen=True)
+class LoaderConfig:
+    """How samples reach the model; none of it changes which samples a step sees."""
+
+    order: Literal["shuffle", "sequential"] = setting("shuffle", "order of the samples within an epoch")
+    num_workers: NonNegativeInt = setting(0, "loader processes; 0 reads in the training process")
+    prefetch_steps: PositiveInt = setting(2, "steps each worker holds ready")
+
+
+@dataclass(frozen=True)
+class EvaluationConfig:
+    """Evaluation on held-out data while training."""
+
+    every: NonNegativeInt = setting(0, "steps between evaluations; 0 evaluates at the end only")
+    max_samples: NonNegativeInt = setting(0, "samples an evaluation reads at most; 0 reads the whole split")
+    split: str = setting("validation", "the split evaluated while training")
+    batch: PositiveInt = setting(32, "samples a device evaluates at once")
+
+
+@dataclass(frozen=True)
+class CheckpointConfig:
+    """What is written to come back to."""
+
+    every: NonNegativeInt = setting(0, "steps between checkpoints; 0 leaves it to `every_s` and the end of the run")
+    every_s: NonNegativeFloat = setting(300.0, "seconds between checkpoints; 0 leaves it to `every`")
+    keep_last: PositiveInt = setting(2, "newest checkpoints kept")
+    keep_every: NonNegativeInt = setting(0, "keep checkpoints of steps divisible by this for good; 0 keeps none")
+    keep_best: bool = setting(True, "keep the checkpoint with the lowest evaluation loss")
+    asynchronous: bool = setting(True, "write while training goes on; a failed write still ends the run")
+
+
+@dataclass(frozen=True)
+class LoggingConfig:
+    """What is written down while training."""
+
+    every: PositiveInt = setting(10, "steps between progress lines; the loss of each step is in metrics.jsonl anyway")
+    loggers: tuple[str, ...] = setting((), "further loggers, e.g. `tensorboard`")
+
+
+@dataclass(frozen=True)
+class LaunchConfig:
+    """Processes of the run on this host."""
+
+    num_processes: NonNegativeInt = setting(0, "processes, one device each; 0 takes one per GPU, or one on CPU")
+    threads: NonNegativeInt = setting(0, "CPU threads a process computes with; 0 shares the cores evenly")
+    device: Literal["auto", "cpu", "cuda"] = setting("auto", "`auto` takes GPUs where there are any")
+    timeout_s: PositiveFloat = setting(600.0, "seconds a process waits for the others before it gives up")
+
+
+@dataclass(frozen=True)
+class Config:
+    """A training run."""
+
+    model: Any = setting(doc="the model: `kind` and the settings of that kind")
+    data: Any = setting(doc="the dataset: `kind` and the settings of that kind")
+    name: str = setting("run", "name of the run; its directory is `runs/<name>`")
+    seed: NonNegativeInt = setting(0, "every random number is a function of this and of its place in the run")
+    num_steps: PositiveInt = setting(1000, "optimizer steps of the whole run")
+    global_batch: PositiveInt = setting(32, "samples an optimizer step learns from, over all processes")
+    microbatch: NonNegativeInt = setting(
+        0, "samples a device computes at once; 0 takes its whole share of `global_batch`, smaller ones accumulate"
+    )
+    optimizer: OptimizerConfig = setting(OptimizerConfig, "how the weights are updated")
+    schedule: ScheduleConfig = setting(ScheduleConfig, "learning rate over the run")
+    precision: PrecisionConfig = setting(PrecisionConfig, "arithmetic of forward and backward")
+    loader: LoaderConfig = setting(LoaderConfig, "how samples reach the model")
+    evaluation: EvaluationConfig = setting(EvaluationConfig, "evaluation while training")
+    checkpoint: CheckpointConfig = setting(CheckpointConfig, "what is written to come back to")
+    logging: LoggingConfig = setting(LoggingConfig, "what is written down while training")
+    launch: LaunchConfig = setting(LaunchConfig, "processes of the run")
+
+
+@dataclass(frozen=True)
+class LiveConfig:
+    """Stands for a model or dataset that came as a live object or `module:function`, not by the name of a kind."""
+
+    kind: str = "live"
+    reference: str = ""
+
+
+# What a resumed run may change; any other difference is refused (it would not be the same run).
+CHANGEABLE_ON_RESUME = ("num_steps", "evaluation", "checkpoint", "logging", "launch", "loader.num_workers",
+                        "loader.prefetch_steps", "data.path")  # fmt: skip
+
+_KIND_TABLES = {"model": "turbopump.models", "data": "turbopump.sources"}
+
+
+def load(path: Path | str, overrides: Sequence[str] = ()) -> Config:
+    """The recipe at `path` with `key=value` overrides; raises `ConfigError` or `UsageError`."""
+    path = Path(path)
+    try:
+        table = tomllib.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise UsageError(f"no recipe at {path}: give a TOML file; ready ones are in recipes/") from error
+    except IsADirectoryError as error:
+        raise UsageError(f"{path} is a directory: give a recipe (a TOML file)") from error
+    except (OSError, UnicodeDecodeError) as error:
+        raise UsageError(f"cannot read {path}: {error}") from error
+    except tomllib.TOMLDecodeError as error:
+        raise UsageError(f"{path} is not valid TOML: {error}") from error
+    for override in overrides:
+        apply_override(table, override)
+    return parse(table, where=str(path))
+
+
+def apply_override(table: dict[str, Any], override: str) -> None:
+    """Set `a.b=value` in a nested table; the value is read as TOML, or taken as a string where it is none."""
+    key, equals, text = override.partition("=")
+    if not equals or not key.strip():
+        raise UsageError(f"{override!r} is not of the form key=value, e.g. model.num_layers=8")
+    try:
+        value = tomllib.loads(f"v = {text}")["v"]
+    except tomllib.TOMLDecodeError:
+        value = text
+    *parents, last = key.strip().split(".")
+    for name in parents:
+        table = table.setdefault(name, {})
+        if not isinstance(table, dict):
+            raise UsageError(f"{override!r}: {name!r} is a value, not a table")
+    table[last] = value
+
+
+def parse(table: Mapping[str, Any], where: str = "recipe") -> Config:
+    """A validated Config of a nested table; raises `ConfigError` with every problem found."""
+    table = dict(table)
+    problems = _check_schema(table)
+    values = dict(table)
+    for name, group in _KIND_TABLES.items():
+        section = table.get(name)
+        if not isinstance(section, Mapping) or not isinstance(section.get("kind"), str):
+            known = ", ".join(plugins.names(group))
+            problems.append(f'{name}: a table [{name}] with a kind is needed, e.g. kind = "..." (known: {known})')
+            values[name] = None
+            continue
+        if section["kind"] == "live":
+            values[name] = LiveConfig(**section)
+            continue
+        try:
+            cls = plugins.find(group, section["kind"]).config
+        except UsageError as error:
+            problems.append(f"{name}.kind: {error}")
+            values[name] = None
+            continue
+        values[name] = _validated(cls, dict(section), name, problems)
+    config = _validated(Config, values, "", problems)
+    if not problems and config is not None:
+        problems += cross_check(config)
+    if problems:
+        raise ConfigError(problems, where)
+    return config
+
+
+def validate(config: Config) -> Config:
+    """Check a Config made in Python as if it were read from a file; raises `ConfigError`."""
+    return parse(to_table(config), where="config")
+
+
+def cross_check(config: Config) -> list[str]:
+    """Problems that concern several fields at once."""
+    problems = []
+    if config.microbatch > config.global_batch:
+        problems.append(
+            f"microbatch: {config.microbatch} is more than global_batch ({config.global_batch}): "
+            f"use at most {config.global_batch}"
+        )
+    elif config.microbatch and config.global_batch % config.microbatch:
+        near = nearest_multiples(config.global_batch, config.microbatch)
+        problems.append(
+            f"global_batch: {config.global_batch} must be divisible by microbatch ({config.microbatch}): use {near}"
+        )
+    for name in ("model", "data"):
+        check = getattr(getattr(config, name), "problems", None)
+        problems += [f"{name}.{problem}" for problem in check()] if check else []
+    return problems
+
+
+def nearest_multiples(value: int, divisor: int) -> str:
+    """`28 or 32` for 30 and 4: the allowed neighbours of a size that does not divide."""
+    below, above = value // divisor * divisor, -(-value // divisor) * divisor
+    return f"{below} or {above}" if below else f"{above}"
+
+
+def _check_schema(table: dict[str, Any]) -> list[str]:
+    version = table.pop("schema_version", SCHEMA_VERSION)
+    table.pop("turbopump_version", None)
+    if version != SCHEMA_VERSION:
+        return [f"schema_version: {version!r} was written by another version of turbopump (this one reads "
+                f"{SCHEMA_VERSION})"]  # fmt: skip
+    return []
+
+
+def _validated(cls: type, values: dict[str, Any], prefix: str, problems: list[str]) -> Any:
+    unknown = _unknown_keys(cls, values, prefix)
+    problems += unknown
+    try:
+        return _adapter(cls).validate_python(values)
+    except ValidationError as error:
+        for item in error.errors():
+            location = [str(part) for part in item["loc"]]
+            path = ".".join([prefix, *location] if prefix else location)
+            if item["type"] == "unexpected_keyword_argument" or path in {u.split(":")[0] for u in unknown}:
+                continue
+            if prefix == "" and location[0] in _KIND_TABLES:
+                continue
+            given = "" if item["type"] == "missing" else f"{item['input']!r} given; "
+            problems.append(f"{path}: {given}{_plain(item)}")
+        return None
+
+
+def _plain(item: Any) -> str:
+    message = item["msg"][0].lower() + item["msg"][1:]
+    return "this setting is needed" if item["type"] in ("missing", "missing_argument") else message
+
+
+def _unknown_keys(cls: type, values: Mapping[str, Any], prefix: str) -> list[str]:
+    problems = []
+    hints = typing.get_type_hints(cls)
+    for key, value in values.items():
+        path = f"{prefix}.{key}" if prefix else key
+        if key not in hints:
+            close = difflib.get_close_matches(key, hints, 1)
+            hint = f"did you mean {close[0]!r}?" if close else f"known: {', '.join(hints)}"
+            problems.append(f"{path}: no such setting; {hint}")
+        elif dataclasses.is_dataclass(hints[key]) and isinstance(value, Mapping):
+            problems += _unknown_keys(hints[key], value, path)
+    return problems
+
+
+def _adapter(cls: type) -> TypeAdapter[Any]:
+    if cls not in _adapters:
+        _adapters[cls] = TypeAdapter(cls, config=ConfigDict(arbitrary_types_allowed=True)) if cls is Any else (
+            TypeAdapter(cls))  # fmt: skip
+    return _adapters[cls]
+
+
+_adapters: dict[type, TypeAdapter[Any]] = {}
+
+
+def to_table(config: Any) -> dict[str, Any]:
+    """A nested plain table of a config dataclass; `None` and empty values that TOML cannot hold are left out."""
+    table: dict[str, Any] = {}
+    for item in dataclasses.fields(config):
+        value = getattr(config, item.name)
+        if value is None:
+            continue
+        table[item.name] = to_table(value) if dataclasses.is_dataclass(value) else (
+            list(value) if isinstance(value, tuple) else value)  # fmt: skip
+    return table
+
+
+def to_toml(table: Mapping[str, Any]) -> str:
+    """TOML text of a nested table, plain values before tables."""
+    plain = {k: v for k, v in table.items() if not isinstance(v, Mapping)}
+    nested = {k: v for k, v in table.items() if isinstance(v, Mapping)}
+    return tomli_w.dumps({**plain, **nested})
+
+
+def from_toml(text: str) -> dict[str, Any]:
+    """Nested table of TOML text; raises `UsageError`."""
+    try:
+        return tomllib.loads(text)
+    except tomllib.TOMLDecodeError as error:
+        raise UsageError(f"not valid TOML: {error}") from error
+
+
+def dumps(config: Config) -> str:
+    """The fully resolved recipe as TOML, with the schema version."""
+    from turbopump.core.version import VERSION
+
+    return to_toml({"schema_version": SCHEMA_VERSION, "turbopump_version": VERSION, **to_table(config)})
+
+
+def differences(old: Config, new: Config) -> list[tuple[str, Any, Any]]:
+    """Settings that differ, as (dotted path, old, new)."""
+    return _differences(to_table(old), to_table(new), "")
+
+
+def _differences(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str) -> list[tuple[str, Any, Any]]:
+    found = []
+    for key in dict.fromkeys([*old, *new]):
+        path = f"{prefix}.{key}" if prefix else key
+        a, b = old.get(key), new.get(key)
+        if isinstance(a, Mapping) and isinstance(b, Mapping):
+            found += _differences(a, b, path)
+        elif a != b:
+            found.append((path, a, b))
+    return found
+
+
+def may_change_on_resume(path: str) -> bool:
+    return any(path == allowed or path.startswith(allowed + ".") for allowed in CHANGEABLE_ON_RESUME)
+
+
+def describe_type(hint: Any) -> str:
+    """The type of a setting as the reference prints it, e.g. `integer >= 1` or `"cosine" | "wsd"`."""
+    if typing.get_origin(hint) is Annotated:
+        base, *limits = typing.get_args(hint)
+        signs = {Ge: (">=", "ge"), Gt: (">", "gt"), Le: ("<=", "le"), Lt: ("<", "lt")}
+        text = " and ".join(f"{signs[type(x)][0]} {getattr(x, signs[type(x)][1])}" for x in limits if type(x) in signs)
+        return f"{describe_type(base)} {text}".strip()
+    if typing.get_origin(hint) is Literal:
+        return " | ".join(f'"{value}"' for value in typing.get_args(hint))
+    if typing.get_origin(hint) in (typing.Union, types.UnionType):
+        return " | ".join(describe_type(a) for a in typing.get_args(hint) if a is not type(None))
+    if typing.get_origin(hint) is tuple:
+        return f"list of {describe_type(typing.get_args(hint)[0])}"
+    plain = {int: "integer", float: "number", str: "string", bool: "true | false", Any: "table"}
+    return plain.get(hint, "table")

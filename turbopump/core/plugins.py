@@ -1,0 +1,81 @@
+"""Plug-ins by `kind`: a recipe names one, Python entry points find it.
+
+Groups: `turbopump.models` (a `ModelKind`), `turbopump.sources` (a `SourceKind`), `turbopump.loggers`. A bare
+`module:function` is taken on the command line only; it is never read from a file.
+"""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import cache
+from importlib.metadata import entry_points
+from typing import Any
+
+from turbopump.core.errors import UsageError
+from turbopump.core.workload import Workload
+
+
+@dataclass(frozen=True)
+class ModelKind:
+    """A workload a recipe can name. `config` and `workload` import no torch; `module` names the torch side lazily.
+
+    The module named has `build(config) -> nn.Module`, `loss(model, batch) -> Tensor` (the mean over the valid units
+    of the batch), `weight(batch) -> int` (the number of valid units the mean was taken over) and
+    `metrics(model, batch) -> dict[str, tuple[float, float]]` (a sum and a count for each metric, for evaluation).
+    """
+
+    config: type
+    workload: Callable[..., Workload]  # (config, samples, shape: Mapping[str, int], dtype) -> Workload
+    module: str
+
+    def torch_side(self) -> Any:
+        return importlib.import_module(self.module)
+
+
+@dataclass(frozen=True)
+class SourceKind:
+    """A dataset a recipe can name. `config` imports no torch.
+
+    `open(config, split)` returns a `RandomAccessDataSource` (see turbopump.data.sources); `shape(config)` the sizes of
+    one sample that the model's workload needs, e.g. `{"seq_len": 256}`.
+    """
+
+    config: type
+    open: Callable[[Any, str], Any]
+    shape: Callable[[Any], Mapping[str, int]]
+
+
+@cache
+def _group(group: str) -> dict[str, Any]:
+    return {point.name: point for point in entry_points(group=group)}
+
+
+def names(group: str) -> list[str]:
+    return sorted(_group(group))
+
+
+def find(group: str, kind: str) -> Any:
+    """The plug-in `kind` of `group`; raises `UsageError` naming the known ones."""
+    known = _group(group)
+    if kind not in known:
+        close = difflib.get_close_matches(kind, known, 1)
+        hint = f", did you mean {close[0]!r}?" if close else ""
+        allowed = ", ".join(sorted(known)) or "none installed"
+        raise UsageError(f"no {group.removeprefix('turbopump.')} kind {kind!r}{hint} (known: {allowed})")
+    return known[kind].load()
+
+
+def load_function(reference: str) -> Any:
+    """The object that `module:function` names; raises `UsageError` where there is none."""
+    module_name, _, attribute = reference.partition(":")
+    if not module_name or not attribute:
+        raise UsageError(f"{reference!r} is not of the form module:function")
+    try:
+        return getattr(importlib.import_module(module_name), attribute)
+    except ModuleNotFoundError as error:
+        raise UsageError(f"{reference}: no module {error.name!r}; is its folder on PYTHONPATH?") from error
+    except AttributeError as error:
+        raise UsageError(f"{reference}: module {module_name!r} has no {attribute!r}") from error

@@ -1,0 +1,47 @@
+"""Numbers as people read them: 1.2 GB, 3.4 TFLOP/s, 2 h 05 min."""
+
+from __future__ import annotations
+
+import math
+
+_PREFIXES = ("", "k", "M", "G", "T", "P", "E")
+
+
+def human(value: float, unit: str = "", digits: int = 3) -> str:
+    """`value` with an SI prefix and `digits` significant digits, e.g. `human(1.5e12, "FLOP/s") == "1.5 TFLOP/s"`."""
+    if not math.isfinite(value):
+        return f"{value} {unit}".strip()
+    magnitude, prefix = abs(value), ""
+    for prefix in _PREFIXES:
+        if magnitude < 999.5 or prefix == _PREFIXES[-1]:
+            break
+        magnitude /= 1000
+    text = f"{math.copysign(magnitude, value):.{digits}g}"
+    if "e" in text:
+        text = f"{float(text):.0f}"
+    separator = " " if (unit or prefix) else ""
+    return f"{text}{separator}{prefix}{unit}"
+
+
+def human_bytes(count: float) -> str:
+    return human(count, "B")
+
+
+def human_seconds(seconds: float) -> str:
+    """A duration: `0.8 ms`, `12.3 s`, `4 min 05 s`, `2 h 05 min`, `3 d 04 h`."""
+    if not math.isfinite(seconds):
+        return str(seconds)
+    if seconds < 0:
+        return "-" + human_seconds(-seconds)
+    if seconds < 1e-3:
+        return f"{seconds * 1e6:.3g} µs"
+    if seconds < 1:
+        return f"{seconds * 1e3:.3g} ms"
+    if seconds < 99.95:
+        return f"{seconds:.3g} s"
+    whole = round(seconds)
+    if whole < 3600:
+        return f"{whole // 60} min {whole % 60:02d} s"
+    if whole < 86400:
+        return f"{whole // 3600} h {whole % 3600 // 60:02d} min"
+    return f"{whole // 86400} d {whole % 86400 // 3600:02d} h"

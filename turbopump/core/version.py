@@ -1,0 +1,5 @@
+"""The version that every artefact carries."""
+
+from importlib.metadata import version
+
+VERSION = version("turbopump")
