@@ -94,6 +94,7 @@ class EvaluationConfig:
     """Evaluation on held-out data while training."""
 
     every: NonNegativeInt = setting(0, "steps between evaluations; 0 evaluates at the end only")
+    at_start: bool = setting(True, "evaluate the model before the first step, to compare with")
     max_samples: NonNegativeInt = setting(0, "samples an evaluation reads at most; 0 reads the whole split")
     split: str = setting("validation", "the split evaluated while training")
     batch: PositiveInt = setting(32, "samples a device evaluates at once")
@@ -117,6 +118,9 @@ class LoggingConfig:
 
     every: PositiveInt = setting(10, "steps between progress lines; the loss of each step is in metrics.jsonl anyway")
     loggers: tuple[str, ...] = setting((), "further loggers, e.g. `tensorboard`")
+    limit_s: NonNegativeFloat = setting(
+        1.0, "seconds spent at the start on measuring what this machine can do at best; 0 leaves it out"
+    )
 
 
 @dataclass(frozen=True)

@@ -85,5 +85,7 @@ def load_model(model: nn.Module, weights: dict[str, Tensor]) -> None:
     problems += [f"unknown {extra[:3]}"] if extra else []
     problems += shapes[:3]
     if problems:
-        raise CheckpointError(f"the weights do not fit this model: {'; '.join(problems)}: use the model they were made by")
+        raise CheckpointError(
+            f"the weights do not fit this model: {'; '.join(problems)}: use the model they were made by"
+        )
     model.load_state_dict(weights)
