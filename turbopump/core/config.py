@@ -171,8 +171,11 @@ CHANGEABLE_ON_RESUME = ("num_steps", "evaluation", "checkpoint", "logging", "lau
 _KIND_TABLES = {"model": "turbopump.models", "data": "turbopump.sources"}
 
 
-def load(path: Path | str, overrides: Sequence[str] = ()) -> Config:
-    """The recipe at `path` with `key=value` overrides; raises `ConfigError` or `UsageError`."""
+def load(path: Path | str, overrides: Sequence[str] = (), live: Mapping[str, Any] | None = None) -> Config:
+    """The recipe at `path` with `key=value` overrides; raises `ConfigError` or `UsageError`.
+
+    `live` are tables that stand for live objects, in place of the recipe's own.
+    """
     path = Path(path)
     try:
         table = tomllib.loads(path.read_text(encoding="utf-8"))
@@ -186,7 +189,7 @@ def load(path: Path | str, overrides: Sequence[str] = ()) -> Config:
         raise UsageError(f"{path} is not valid TOML: {error}") from error
     for override in overrides:
         apply_override(table, override)
-    return parse(table, where=str(path))
+    return parse({**table, **(live or {})}, where=str(path))
 
 
 def apply_override(table: dict[str, Any], override: str) -> None:

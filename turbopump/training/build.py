@@ -6,11 +6,11 @@ and loader. A feature enters the product by being chosen here, never by an `if` 
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from turbopump.comms import process_group
@@ -21,14 +21,14 @@ from turbopump.core.config import Config
 from turbopump.core.errors import ConfigError, DatasetError, UsageError
 from turbopump.core.randomness import seed_of
 from turbopump.core.workload import Workload
-from turbopump.data.loader import Loader
+from turbopump.data.loader import Loader, evaluation_batches
 from turbopump.training.evaluation import Metrics, evaluate_model
 from turbopump.training.forward_backward import ForwardBackward, Loss, Weight, reseed
 from turbopump.training.optim import MakeOptimizer, build_optimizer
 from turbopump.training.prepare import read_choices, write_choices, write_env
 from turbopump.training.run import Run, now_iso
 from turbopump.training.speed import Speed
-from turbopump.training.state import TrainState
+from turbopump.training.state import BufferGuard, TrainState
 
 
 @dataclass(frozen=True)
@@ -184,9 +184,10 @@ def choose_compute(config: Config, run: Run) -> str:
 def measure_speed(config: Config, task: Task, run: Run, state: TrainState) -> Speed:
     """Model FLOPs from the workload (or from shapes observed), this machine's limit by measurement; writes env.json."""
     compute = state.forward_backward.compute
-    observed = observe(state, config)
+    observed, samples = observe(state, task)
+    observed_flops = observed.total() / samples * config.global_batch
     workload = task.workload(config.global_batch, compute) if task.workload is not None else None
-    flops = workload.cost.flops if workload is not None else observed.total * config.global_batch
+    flops = workload.cost.flops if workload is not None else observed_flops
     limit = None
     if config.logging.limit_s:
         peak = measure_peak(compute, device=run.device.type, budget_s=config.logging.limit_s)
@@ -195,11 +196,11 @@ def measure_speed(config: Config, task: Task, run: Run, state: TrainState) -> Sp
     if run.rank == 0:
         write_env(run.rundir, {
             "run_id": run.run_id, "started": now_iso(), "world_size": run.world_size, "device": str(run.device),
-            "dtype_in_use": {name: count for name, count in observed.flops.most_common()},
+            "dtype_in_use": {name: count / observed.total() for name, count in observed.most_common()},
             "workload": {
                 "params": sum(p.numel() for p in state.model.parameters()),
                 "flops_per_step": flops,
-                "observed_flops_per_step": observed.total * config.global_batch,
+                "observed_flops_per_step": observed_flops,
                 "forward_flops_per_step": workload.forward_cost.flops if workload is not None else None,
                 "units_per_step": workload.units if workload is not None else config.global_batch,
                 "unit": task.unit,
@@ -213,6 +214,16 @@ def measure_speed(config: Config, task: Task, run: Run, state: TrainState) -> Sp
     )  # fmt: skip
 
 
-def observe(state: TrainState, config: Config) -> ObservedCompute:
-    """FLOPs a sample and the dtypes they ran in, seen on one sample of the coming step; leaves no trace."""
-    raise NotImplementedError
+def observe(state: TrainState, task: Task) -> tuple[Counter[str], int]:
+    """FLOPs of two samples by the dtype they ran in, and the number of samples: a forward and backward thrown away.
+
+    Leaves no trace: gradients are cleared, buffers restored, and generators are seeded anew for every microbatch.
+    """
+    batch = next(iter(evaluation_batches(task.train_source, batch=2, max_samples=2, rank=0, world_size=1)))
+    guard = BufferGuard(state.model)
+    guard.remember()
+    with ObservedCompute() as seen:
+        state.forward_backward.alone(batch)
+    state.model.zero_grad(set_to_none=True)
+    guard.restore()
+    return seen.flops, count_samples(batch)

@@ -44,6 +44,8 @@ class ForwardBackward:
         self.model = model
         self._loss = loss
         self._weight = weight
+        self.compute = compute
+        self.global_weight = 0.0
         self._device = device
         self._autocast = autocast(device, compute)
         self._seed = seed
@@ -54,7 +56,7 @@ class ForwardBackward:
     def __call__(self, microbatches: Sequence[Any], step: int) -> Tensor:
         """Gradients of one step in `.grad`; returns this rank's share of the loss, detached."""
         weights = [self._weight(batch) for batch in microbatches]
-        total = self._global_weight(sum(weights))
+        self.global_weight = total = self._sum_over_ranks(sum(weights))
         share = torch.zeros((), device=self._device)
         for number, (batch, weight) in enumerate(zip(microbatches, weights)):
             reseed(self._device, seed_of(self._seed, "model", step, self._rank, number))
@@ -70,7 +72,15 @@ class ForwardBackward:
             self._sync.finish()
         return share
 
-    def _global_weight(self, weight: int) -> float:
+    def alone(self, batch: Any) -> None:
+        """Gradients of one batch on this rank alone, in training's arithmetic; no collective."""
+        reseed(self._device, seed_of(self._seed, "alone"))
+        with self._no_sync():
+            with self._autocast:
+                loss = self._loss(self.model, to_device(batch, self._device))
+            loss.backward()
+
+    def _sum_over_ranks(self, weight: int) -> float:
         """All-reduce of one number (8 bytes, synchronous) where there are several ranks."""
         if self._world_size == 1:
             return weight

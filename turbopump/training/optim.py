@@ -88,16 +88,12 @@ class StepOptimizer:
         self.num_updates = 0
         self.grad_norm: Tensor = torch.zeros(())
         self.found_inf: Tensor | None = None
+        self.last_lr = 0.0
         self._schedule = schedule
         self._clip_norm = clip_norm
         self._groups = [group for base in bases for group in base.param_groups]
         self._peak_lr = [group["lr"] for group in self._groups]
         self._parameters = [p for group in self._groups for p in group["params"]]
-
-    @property
-    def lr(self) -> float:
-        """Learning rate of the first group at the coming update."""
-        return self._peak_lr[0] * self._schedule(self.num_updates)
 
     @property
     def skipped(self) -> bool:
@@ -109,6 +105,7 @@ class StepOptimizer:
         gradients = [p.grad for p in self._parameters if p.grad is not None]
         self.grad_norm = torch.nn.utils.get_total_norm(gradients).detach()
         multiplier = self._schedule(self.num_updates)
+        self.last_lr = self._peak_lr[0] * multiplier
         for group, peak in zip(self._groups, self._peak_lr):
             group["lr"] = peak * multiplier
         if self._may_update():

@@ -6,6 +6,7 @@ non-finite step (the state is the one before), or by an error. `__exit__` closes
 
 from __future__ import annotations
 
+import math
 import signal
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -26,7 +27,7 @@ from turbopump.core.spans import Spans
 from turbopump.hardware import detect
 from turbopump.training.checkpoint import Checkpoints
 from turbopump.training.metrics import JsonLogger, Logger, StepLosses, TerminalLogger
-from turbopump.training.rundir import attempt_identity
+from turbopump.training.prepare import attempt_identity
 from turbopump.training.speed import Speed
 from turbopump.training.state import BufferGuard, TrainState
 
@@ -163,15 +164,20 @@ class Run:
         return int(agreed[0]), bool(agreed[1])
 
     def _log_progress(self, state: TrainState) -> None:
-        for record in self.losses.fetch():
-            self.log(record)
-            loss = record["loss"]
+        loss = self._log_losses()
         if state.optimizer.skipped:
             self._give_up(state)
         self.log({"type": "progress", "step": state.step, "loss": loss, "epoch_s": time.time(),
                   "rss_bytes": detect.resident_bytes(), "device_bytes": _device_bytes(self.device),
                   **self.speed.fetch(self.config.num_steps - state.step)})  # fmt: skip
         self.spans.flush()
+
+    def _log_losses(self) -> float:
+        """Write the steps no line has shown yet; the loss of the last of them."""
+        records = self.losses.fetch()
+        for record in records:
+            self.log(record)
+        return records[-1]["loss"] if records else math.nan
 
     def _evaluate(self, state: TrainState) -> None:
         if self.evaluate is None:
@@ -199,6 +205,8 @@ class Run:
         """The update of this step was skipped: undo what forward left in buffers, say which records were in it."""
         self._buffers.restore()
         state.step = state.optimizer.num_updates
+        self._log_losses()
+        self.save(state, wait=True)
         ids = state.loader.ids(state.step)
         shown = ", ".join(f"{index} (epoch {epoch})" for epoch, index in ids[:8])
         more = f" and {len(ids) - 8} more" if len(ids) > 8 else ""
@@ -232,7 +240,7 @@ class Run:
         if isinstance(error, Interrupted):
             reason = signal.Signals(error.exit_code - 128).name
         closers: list[Callable[[], None]] = [*(logger.close for logger in self.loggers), self.checkpoints.close]
-        closers += [lambda: self.spans.close(reason), lambda: self.spans.__exit__(), process_group.destroy]
+        closers += [lambda: self.spans.close(reason), self.spans.__exit__, process_group.destroy]
         if self._lock is not None:
             closers.append(self._lock.close)
         failures = []
