@@ -129,13 +129,13 @@ def test_all_configuration_errors_come_at_once(tmp_path: Path) -> None:
     assert not (tmp_path / "r").exists()
 
 
-@pytest.mark.parametrize("poison", [5])
-def test_a_nan_record_stops_the_run_before_its_step(tmp_path: Path, poison: int) -> None:
+def test_a_nan_record_stops_the_run_before_its_step(tmp_path: Path) -> None:
     with pytest.raises(NonFiniteError) as caught:
-        run(tmp_path / "r", dataset=Noisy(poison=poison), num_steps=30)
+        run(tmp_path / "r", dataset=Noisy(poison=5), num_steps=30, global_batch=4)
     made = max(steps(tmp_path / "r"), default=0)
     text = str(caught.value)
-    assert f"step {made + 1}:" in text and f"{poison} (epoch 0)" in text.replace("and", ",")[:2000] or "more" in text
+    assert "5 (epoch 0)" in text
+    assert f"step {made + 1}:" in text and " (epoch 0)" in text
     newest = latest(RunDir(tmp_path / "r").checkpoints)
     if made:
         assert newest is not None and newest.name.endswith(f"{made:08d}")
@@ -166,7 +166,7 @@ def test_a_new_run_starts_from_the_weights_of_another(tmp_path: Path) -> None:
 
     eight = read_weights(find_weights(f"{tmp_path / 'first'}@8"))
     assert torch.allclose(model.first.weight, eight["first.weight"])
-    with pytest.raises(UsageError, match="no checkpoint of step 7 .there: .*8, 12"):
+    with pytest.raises(UsageError, match=r"no checkpoint of step 7 \(there: .*8, 12"):
         find_weights(f"{tmp_path / 'first'}@7")
 
 

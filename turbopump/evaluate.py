@@ -78,7 +78,7 @@ def sample(
     side = None if config.model.kind == "live" else plugins.find("turbopump.models", config.model.kind).torch_side()
     task = resolve_task(config)
     encode, decode = getattr(task.train_source, "encode", None), getattr(task.train_source, "decode", None)
-    if not hasattr(side, "generate") or encode is None or decode is None:
+    if side is None or not hasattr(side, "generate") or encode is None or decode is None:
         raise UsageError(f"{run} holds a {config.model.kind} on {config.data.kind}: only language models write text")
     model = _load(task, choose_checkpoint(rundir, step)).eval()
     tokens_BT = torch.tensor([list(encode(prompt or "\n"))], dtype=torch.int64)
@@ -97,8 +97,8 @@ def choose_checkpoint(rundir: RunDir, step: int | None) -> CheckpointInfo:
             if checkpoint.step == step:
                 return checkpoint
         raise UsageError(f"no checkpoint of step {step} (there: {', '.join(str(c.step) for c in found)})")
-    measured = [c for c in found if c.metrics and "loss" in c.metrics]
-    return min(measured, key=lambda c: c.metrics["loss"]) if measured else found[-1]
+    measured = [(c.metrics["loss"], c.step, c) for c in found if c.metrics and "loss" in c.metrics]
+    return min(measured)[2] if measured else found[-1]
 
 
 def _load(task: Any, checkpoint: CheckpointInfo) -> Any:

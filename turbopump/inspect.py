@@ -60,9 +60,7 @@ def _checkpoint(path: Path, verify: bool) -> dict[str, Any]:
     if verify:
         verify_checkpoint(path)
     index = read_index(path)
-    tensors = {
-        name: f"{entry['dtype']} {list(entry['shape'])}" for name, entry in sorted(index["tensors"].items())
-    }
+    tensors = {name: f"{entry['dtype']} {list(entry['shape'])}" for name, entry in sorted(index["tensors"].items())}
     return {"step": index["step"], "world_size": index["world_size"], "values": index["values"],
             "metrics": index.get("metrics"), "verified": verify or None, "tensors": tensors}  # fmt: skip
 

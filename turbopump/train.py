@@ -126,11 +126,11 @@ def _run_ranks(job: Job, num_processes: int) -> TrainResult:
     from turbopump.core.files import read_json_lines
     from turbopump.launch.local import launch_local
     from turbopump.training.checkpoint import read_weights
-    from turbopump.training.loop import TrainResult, run_training
+    from turbopump.training.loop import TrainResult, run_rank
     from turbopump.training.state import load_model
 
     rundir, launch = RunDir(job.path), job.config.launch
-    launch_local(run_training, (job,), num_processes=num_processes, threads=launch.threads, timeout_s=launch.timeout_s,
+    launch_local(run_rank, (job,), num_processes=num_processes, threads=launch.threads, timeout_s=launch.timeout_s,
                  log_dir=rundir.logs)  # fmt: skip
     if job.live.model is not None:
         newest = latest(rundir.checkpoints)

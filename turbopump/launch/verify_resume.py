@@ -29,7 +29,9 @@ POLL_S = 0.02
 
 def verify_resume(recipe: Path, overrides: Sequence[str], options: Sequence[str] = ()) -> str:
     """A line that says what was compared; raises `CheckpointError` naming the first difference."""
-    live = {name: {"kind": "live"} for name in ("model", "data") if f"--{'dataset' if name == 'data' else name}" in options}
+    live = {
+        name: {"kind": "live"} for name in ("model", "data") if f"--{'dataset' if name == 'data' else name}" in options
+    }
     config = load(recipe, overrides, live=live)
     num_steps = min(config.num_steps, MAX_STEPS)
     save_every = max(1, num_steps // 4)

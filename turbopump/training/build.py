@@ -176,9 +176,7 @@ def choose_compute(config: Config, run: Run) -> str:
             compute, rows = fastest_compute(run.device.type)
             choice = {"compute": compute, "evidence": rows}
             write_choices(run.rundir, {"precision": choice})
-    choice = process_group.broadcast_json(choice) if run.world_size > 1 else choice
-    assert choice is not None
-    return str(choice["compute"])
+    return str(process_group.broadcast_json(choice)["compute"])
 
 
 def measure_speed(config: Config, task: Task, run: Run, state: TrainState) -> Speed:

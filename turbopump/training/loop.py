@@ -68,3 +68,8 @@ def run_training(job: Job) -> TrainResult:
             run.periodic(state, loss)
         run.finish(state)
     return TrainResult(job.path, state.step, tuple(run.evaluations), state.model)
+
+
+def run_rank(job: Job) -> None:
+    """The same, for a launcher that starts ranks: the result is in the run directory."""
+    run_training(job)

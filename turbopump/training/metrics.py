@@ -75,9 +75,10 @@ class TerminalLogger:
             )
             self._line(f"evaluation at step {record['step']}: {values}")
         elif kind == "checkpoint":
+            size, wrote, stall = human(record["bytes"], "B"), record["write_s"], record["stall_s"]
             self._line(
-                f"checkpoint at step {record['step']}: {human(record['bytes'], 'B')} in {human_seconds(record['write_s'])}"
-                f" (the run stopped for {human_seconds(record['stall_s'])})"
+                f"checkpoint at step {record['step']}: {size} in {human_seconds(wrote)}, "
+                f"of which training waited {human_seconds(stall)}"
             )
         elif kind == "note":
             self._line(str(record["text"]))

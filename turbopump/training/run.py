@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import signal
+import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -58,11 +59,12 @@ class Run:
     def __enter__(self) -> Run:
         launch = self.config.launch
         self.device = process_group.choose_device(launch.device)
-        self.rank, self.world_size = process_group.init_process_group(self.device, timeout_s=launch.timeout_s)
-        torch.set_num_threads(launch.threads or max(1, detect.num_cores() // process_group.local_world_size()))
+        place = process_group.init_process_group(self.device, timeout_s=launch.timeout_s)
+        self.rank, self.world_size = place.rank, place.world_size
+        torch.set_num_threads(launch.threads or max(1, detect.num_cores() // place.local_world_size))
         self._lock: IO[str] | None = self.rundir.lock() if self.rank == 0 else None
-        identity = attempt_identity(self.rundir) if self.rank == 0 else None
-        identity = process_group.broadcast_json(identity) if self.world_size > 1 else identity
+        identity: dict[str, Any] = attempt_identity(self.rundir) if self.rank == 0 else {}
+        identity = process_group.broadcast_json(identity)
         self.run_id, self.attempt = identity["run_id"], identity["attempt"]
         self.spans = Spans(
             self.rundir.spans(self.rank), attempt=self.attempt, rank=self.rank, world_size=self.world_size,
@@ -71,7 +73,7 @@ class Run:
         self.spans.__enter__()
         self.checkpoints = Checkpoints(
             self.rundir.checkpoints, self.config.checkpoint, run_id=self.run_id, rank=self.rank,
-            world_size=self.world_size,
+            world_size=self.world_size, timeout_s=launch.timeout_s, warn=self._warn,
         )  # fmt: skip
         self.losses = StepLosses(self.world_size)
         self.loggers: list[Logger] = []
@@ -84,6 +86,7 @@ class Run:
         """Start-up is over: open the loggers, note where the run goes on from, evaluate a fresh model."""
         self.speed = speed
         self._buffers = BufferGuard(state.model)
+        self._restored_step = restored_step
         if self.rank == 0:
             self.loggers = [
                 JsonLogger(self.rundir.metrics),
@@ -114,7 +117,8 @@ class Run:
         self.speed.add(self.spans.last_step_s, state.forward_backward.global_weight)
         config = self.config
         last = state.step == config.num_steps
-        self._signal, checkpoint_due = self._agree(self.checkpoints.due(state.step, time.monotonic()))
+        self._signal = int(process_group.all_reduce_max([self._signal])[0])  # all ranks stop at the same step
+        checkpoint_due = self.checkpoints.due(state.step, time.monotonic())
         if state.step % config.logging.every == 0 or last or self._signal:
             self._log_progress(state)
         for hook in self._hooks:
@@ -141,8 +145,8 @@ class Run:
             )
 
     def save(self, state: TrainState, *, wait: bool = False) -> None:
-        if state.step == 0:
-            return  # a fresh start gives the same state
+        if state.step in (0, self._restored_step):
+            return  # a fresh start, or the checkpoint it went on from, gives the same state
         with self.spans.period("checkpoint", state.step):
             latest = self.evaluations[-1] if self.evaluations else None
             metrics = {"loss": latest["loss"]} if latest and latest["step"] == state.step else None
@@ -156,12 +160,10 @@ class Run:
 
     # ---- inside
 
-    def _agree(self, due: bool) -> tuple[int, bool]:
-        """All ranks stop at one step, and save at one step: rank 0's clock and anyone's signal count."""
-        if self.world_size == 1:
-            return self._signal, due
-        agreed = process_group.all_reduce_max([float(self._signal), float(due and self.rank == 0)])
-        return int(agreed[0]), bool(agreed[1])
+    def _warn(self, text: str) -> None:
+        """A line the user must see even of a quiet run, kept in metrics.jsonl too once that is open."""
+        if self.rank == 0:
+            print(f"warning: {text}", file=sys.stderr, flush=True)
 
     def _log_progress(self, state: TrainState) -> None:
         loss = self._log_losses()

@@ -33,7 +33,11 @@ class TrainState:
 
     def checkpoint_tensors(self) -> dict[str, Tensor]:
         names = {id(parameter): name for name, parameter in self.model.named_parameters()}
-        tensors = {f"model.{name}": value.detach() for name, value in get_model_state_dict(self.model).items()}
+        tensors = {
+            f"model.{name}": value.detach()
+            for name, value in get_model_state_dict(self.model).items()
+            if isinstance(value, Tensor)
+        }
         tensors |= {f"optimizer.{name}": value for name, value in self.optimizer.state_tensors(names).items()}
         return tensors
 
