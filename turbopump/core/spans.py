@@ -225,7 +225,7 @@ def run_breakdown(records: Iterable[Mapping[str, Any]]) -> RunBreakdown:
         kind = record.get("type")
         if kind == "attempt":
             origin_s = record["epoch_s"] if origin_s is None else origin_s
-            base_s = max(last_s, record["epoch_s"] - origin_s)  # a clock set back does not make time negative
+            base_s = last_s = max(last_s, record["epoch_s"] - origin_s)  # also where the clock was set back
             closed.clear()
         elif kind == "restore":
             seconds["lost"] += _undo(kept, record["step"])
