@@ -6,12 +6,13 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from turbopump.core.checkpoint_store import list_checkpoints, read_index, verify_checkpoint
+from turbopump.core.checkpoint_store import list_checkpoints, open_checkpoint, verify_checkpoint
 from turbopump.core.config import load, to_table
-from turbopump.core.errors import UsageError
+from turbopump.core.errors import CorruptCheckpointError, UsageError
 from turbopump.core.files import from_json, read_json_lines, to_json
 from turbopump.core.rundir import RunDir
 from turbopump.core.spans import run_breakdown
+from turbopump.core.tensor_file import read_layout
 from turbopump.core.units import human, human_bytes, human_seconds
 from turbopump.data.describe import describe_dataset
 from turbopump.data.format import verify_dataset
@@ -40,9 +41,8 @@ def _run(path: Path, verify: bool) -> dict[str, Any]:
     for record in metrics:
         last[record.get("type", "")] = record
     checkpoints = list_checkpoints(rundir.checkpoints)
-    if verify:
-        for checkpoint in checkpoints:
-            verify_checkpoint(checkpoint.path)
+    for checkpoint in checkpoints if verify else ():
+        _verify_checkpoint(checkpoint.path)
     breakdown = run_breakdown(read_json_lines(rundir.spans(0)))
     return {
         "attempts": rundir.num_attempts(),
@@ -50,7 +50,9 @@ def _run(path: Path, verify: bool) -> dict[str, Any]:
         "loss": last.get("step", {}).get("loss"),
         "evaluation": {k: v for k, v in last.get("evaluation", {}).items() if k not in ("type", "epoch_s")},
         "seconds": {name: getattr(breakdown, name) for name in breakdown.__dataclass_fields__},
-        "checkpoints": [{"step": c.step, "bytes": c.bytes, "metrics": c.metrics} for c in checkpoints],
+        "checkpoints": [
+            {"step": c.step, "bytes": c.num_bytes, "metrics": c.metrics, "problem": c.problem} for c in checkpoints
+        ],
         "verified": verify or None,
         "environment": _json(rundir.env),
     }
@@ -58,11 +60,18 @@ def _run(path: Path, verify: bool) -> dict[str, Any]:
 
 def _checkpoint(path: Path, verify: bool) -> dict[str, Any]:
     if verify:
-        verify_checkpoint(path)
-    index = read_index(path)
-    tensors = {name: f"{entry['dtype']} {list(entry['shape'])}" for name, entry in sorted(index["tensors"].items())}
-    return {"step": index["step"], "world_size": index["world_size"], "values": index["values"],
-            "metrics": index.get("metrics"), "verified": verify or None, "tensors": tensors}  # fmt: skip
+        _verify_checkpoint(path)
+    stored = open_checkpoint(path)
+    tensors = {name: f"{tensor.dtype} {list(tensor.shape)}" for name, tensor in sorted(stored.tensors.items())}
+    return {"step": stored.info.step, "world_size": stored.info.world_size, "bytes": stored.info.num_bytes,
+            "values": stored.values, "metrics": stored.info.metrics, "verified": verify or None,
+            "tensors": tensors}  # fmt: skip
+
+
+def _verify_checkpoint(path: Path) -> None:
+    problems = verify_checkpoint(path)
+    if problems:
+        raise CorruptCheckpointError("; ".join(problems))
 
 
 def _dataset(path: Path, verify: bool) -> dict[str, Any]:
@@ -77,10 +86,8 @@ def _recipe(path: Path, verify: bool) -> dict[str, Any]:
 
 
 def _weights(path: Path, verify: bool) -> dict[str, Any]:
-    from turbopump.core.checkpoint_store import read_header
-
-    header = read_header(path)
-    return {"tensors": {name: f"{entry['dtype']} {entry['shape']}" for name, entry in sorted(header.items())}}
+    tensors = read_layout(path).tensors
+    return {"tensors": {name: f"{entry.dtype} {list(entry.shape)}" for name, entry in sorted(tensors.items())}}
 
 
 def _json(path: Path, verify: bool = False) -> dict[str, Any]:

@@ -345,7 +345,9 @@ def check_destination(path: Path, overwrite: bool) -> None:
         raise UsageError(f"{path} is a file: give a folder for the dataset")
     if (path / MANIFEST_NAME).exists():
         if not overwrite:
-            raise UsageError(f"{path} already holds a dataset: choose another destination, or overwrite it (--overwrite)")
+            raise UsageError(
+                f"{path} already holds a dataset: choose another destination, or overwrite it (--overwrite)"
+            )
     elif any(path.iterdir()):
         raise UsageError(f"{path} is a folder with other files in it: choose another destination")
 

@@ -40,7 +40,9 @@ def parameter_groups(model: nn.Module, config: OptimizerConfig) -> dict[str, lis
     """Groups by base optimizer. Vectors (norms, biases) get no weight decay. Muon takes the matrices inside the model:
     2-D weights that are neither an embedding nor the output head (Jordan et al. 2024); AdamW takes all others."""
     embeddings = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
-    muon, matrices, vectors = [], [], []
+    muon: list[nn.Parameter] = []
+    matrices: list[nn.Parameter] = []
+    vectors: list[nn.Parameter] = []
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:
             continue
