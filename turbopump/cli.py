@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import sys
+import time
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 from cyclopts import App, CycloptsError, Parameter
 
 from turbopump.core.errors import TurbopumpError, UsageError
+from turbopump.core.units import human_bytes, human_seconds
 from turbopump.core.version import VERSION
+
+if TYPE_CHECKING:
+    from turbopump.pack import PackProgress
 
 app = App(
     name="turbopump",
@@ -147,10 +152,10 @@ def evaluate(
 @app.command
 def pack(
     *paths: str,
-    tokenizer: str = "bytes",
+    tokenizer: Literal["bytes", "bpe"] = "bytes",
     vocab_size: int = 4096,
     validation: float = 0.05,
-    pattern: str | None = None,
+    include: Annotated[tuple[str, ...], Parameter(negative=(), consume_multiple=True)] = (),
     num_processes: int = 0,
     overwrite: Flag = False,
 ) -> None:
@@ -159,7 +164,7 @@ def pack(
     Examples:
 
         turbopump pack stdlib datasets/stdlib --tokenizer bpe --vocab-size 4096
-        turbopump pack my_texts/ more/*.md datasets/mine
+        turbopump pack my_texts/ more/*.md datasets/mine --include "*.md" --include "*.txt"
         turbopump pack images.npz datasets/images
 
     Parameters
@@ -173,22 +178,48 @@ def pack(
         Tokens of a bpe vocabulary.
     validation
         Share of the files held out, chosen by a hash of their names.
-    pattern
+    include
         Files to take from folders, e.g. "*.md"; default all text.
     num_processes
         Processes that encode; 0 takes one per core. The result is the same for any number.
     overwrite
         Replace DEST if it exists.
     """
-    from turbopump import pack as verb
+    from turbopump.pack import pack as verb
 
     if len(paths) < 2:
         raise UsageError("pack needs a source and a destination: turbopump pack stdlib datasets/stdlib")
     *sources, destination = paths
-    verb.pack_from_command_line(
-        sources, Path(destination), tokenizer=tokenizer, vocab_size=vocab_size, validation=validation, pattern=pattern,
-        num_processes=num_processes or None, overwrite=overwrite,
+    begin = time.monotonic()
+    manifest = verb(
+        sources, destination, tokenizer=tokenizer, vocab_size=vocab_size, validation=validation, include=include,
+        num_processes=num_processes or None, overwrite=overwrite, progress=_PackLine(),
     )  # fmt: skip
+    print(f"packed {manifest.rows:,} rows, {human_bytes(manifest.bytes)}, into {destination} in "
+          f"{human_seconds(time.monotonic() - begin)}; next: turbopump inspect {destination}")  # fmt: skip
+
+
+class _PackLine:
+    """Progress of pack: one line rewritten on a terminal, a plain line every few seconds elsewhere."""
+
+    PLAIN_EVERY_S = 5.0
+
+    def __init__(self) -> None:
+        self._terminal = sys.stdout.isatty()
+        self._shown_s = 0.0
+
+    def __call__(self, progress: PackProgress) -> None:
+        if progress.elapsed_s - self._shown_s < (0.2 if self._terminal else self.PLAIN_EVERY_S):
+            return
+        self._shown_s = progress.elapsed_s
+        left = f", {human_seconds(progress.left_s)} left" if progress.left_s is not None else ""
+        total = f" of {human_bytes(progress.total_bytes)}" if progress.total_bytes else ""
+        text = (
+            f"{progress.phase}: {human_bytes(progress.done_bytes)}{total}, {human_bytes(progress.bytes_per_s)}/s{left}"
+        )
+        print(f"\r\x1b[K{text}" if self._terminal else text, end="" if self._terminal else "\n", flush=True)
+        if self._terminal and progress.done_bytes == progress.total_bytes:
+            print("\r\x1b[K", end="", flush=True)
 
 
 @app.command
