@@ -53,3 +53,17 @@ def build() -> Net:
 
 def data() -> Noisy:
     return Noisy()
+
+
+class Forgetful(Net):
+    """Keeps state that no checkpoint holds: its resume cannot be exact, and must be found out."""
+
+    calls = 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.calls += 1
+        return super().forward(x) * (1 + 0.01 * self.calls)
+
+
+def forgetful() -> Forgetful:
+    return Forgetful()
