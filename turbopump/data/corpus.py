@@ -14,7 +14,6 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-
 from turbopump.core.errors import DatasetError, UsageError
 from turbopump.core.files import digest
 
@@ -46,7 +45,9 @@ class BadTextError(DatasetError):
     """A file is not UTF-8; names the file and the byte."""
 
 
-def find_files(sources: Sequence[str | Path], include: Sequence[str] = (), exclude: Path | None = None) -> list[TextFile]:
+def find_files(
+    sources: Sequence[str | Path], include: Sequence[str] = (), exclude: Path | None = None
+) -> list[TextFile]:
     """Regular, non-empty files of folders (recursive), globs and single files, ordered by source, then by name.
 
     Hidden files and folders, `__pycache__` and the folder `exclude` are left out. `include` are patterns on file names
