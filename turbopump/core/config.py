@@ -96,6 +96,7 @@ class EvaluationConfig:
     """Evaluation on held-out data while training."""
 
     every: NonNegativeInt = setting(0, "steps between evaluations; 0 evaluates at the end only")
+    at_start: bool = setting(True, "evaluate the model before the first step, to compare with")
     max_samples: NonNegativeInt = setting(0, "samples an evaluation reads at most; 0 reads the whole split")
     split: str = setting("validation", "the split evaluated while training")
     batch: PositiveInt = setting(32, "samples a device evaluates at once")
@@ -119,6 +120,9 @@ class LoggingConfig:
 
     every: PositiveInt = setting(10, "steps between progress lines; the loss of each step is in metrics.jsonl anyway")
     loggers: tuple[str, ...] = setting((), "further loggers, e.g. `tensorboard`")
+    limit_s: NonNegativeFloat = setting(
+        1.0, "seconds spent at the start on measuring what this machine can do at best; 0 leaves it out"
+    )
 
 
 @dataclass(frozen=True)
@@ -169,8 +173,11 @@ CHANGEABLE_ON_RESUME = ("num_steps", "evaluation", "checkpoint", "logging", "lau
 KIND_TABLES = {"model": "turbopump.models", "data": "turbopump.sources"}
 
 
-def load(path: Path | str, overrides: Sequence[str] = ()) -> Config:
-    """The recipe at `path` with `key=value` overrides; raises `ConfigError` or `UsageError`."""
+def load(path: Path | str, overrides: Sequence[str] = (), live: Mapping[str, Any] | None = None) -> Config:
+    """The recipe at `path` with `key=value` overrides; raises `ConfigError` or `UsageError`.
+
+    `live` are tables that stand for live objects, in place of the recipe's own.
+    """
     path = Path(path)
     try:
         table = tomllib.loads(path.read_text(encoding="utf-8"))
@@ -184,7 +191,7 @@ def load(path: Path | str, overrides: Sequence[str] = ()) -> Config:
         raise UsageError(f"{path} is not valid TOML: {error}") from error
     for override in overrides:
         apply_override(table, override)
-    return parse(table, where=str(path))
+    return parse({**table, **(live or {})}, where=str(path))
 
 
 def apply_override(table: dict[str, Any], override: str) -> None:

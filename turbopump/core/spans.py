@@ -85,15 +85,25 @@ class RunBreakdown:
 class Spans:
     """The span recorder of one process; `path` None records nothing on disk."""
 
-    def __init__(self, path: Path | None = None, *, attempt: int = 0, rank: int = 0, world_size: int = 1) -> None:
+    def __init__(
+        self,
+        path: Path | None = None,
+        *,
+        attempt: int = 0,
+        rank: int = 0,
+        world_size: int = 1,
+        began_before_s: float = 0.0,
+    ) -> None:
+        """`began_before_s`: the attempt began this long ago (the process was started, libraries were imported)."""
         self._file = JsonLines(path) if path is not None else None
-        self._start = time.perf_counter()
+        self._start = time.perf_counter() - began_before_s
+        self.last_step_s = 0.0
         self._stack: list[_Open] = []
         self._totals: dict[str, float] = {}
         self._thread = threading.get_ident()
         self._before: Spans | None = None
-        self.last_step_s = 0.0
-        self._write({"type": "attempt", "attempt": attempt, "epoch_s": time.time(), "pid": os.getpid(), "rank": rank,
+        self._write({"type": "attempt", "attempt": attempt, "epoch_s": time.time() - began_before_s,
+                     "pid": os.getpid(), "rank": rank,
                      "world_size": world_size})  # fmt: skip
         self.flush()
 
@@ -124,6 +134,11 @@ class Spans:
             self._write({"type": "period", "name": name, "start_s": begin - self._start,
                          "s": time.perf_counter() - begin, "step": step})  # fmt: skip
             self.flush()
+
+    def started(self) -> None:
+        """Everything since the attempt began was start-up."""
+        self._write({"type": "period", "name": "startup", "start_s": 0.0, "s": self.now(), "step": None})
+        self.flush()
 
     def restored(self, step: int) -> None:
         self._write({"type": "restore", "step": step})
