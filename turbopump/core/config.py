@@ -170,7 +170,7 @@ class LiveConfig:
 CHANGEABLE_ON_RESUME = ("num_steps", "evaluation", "checkpoint", "logging", "launch", "loader.num_workers",
                         "loader.prefetch_steps", "data.path")  # fmt: skip
 
-_KIND_TABLES = {"model": "turbopump.models", "data": "turbopump.sources"}
+KIND_TABLES = {"model": "turbopump.models", "data": "turbopump.sources"}
 
 
 def load(path: Path | str, overrides: Sequence[str] = (), live: Mapping[str, Any] | None = None) -> Config:
@@ -216,7 +216,7 @@ def parse(table: Mapping[str, Any], where: str = "recipe") -> Config:
     table = dict(table)
     problems = _check_schema(table)
     values = dict(table)
-    for name, group in _KIND_TABLES.items():
+    for name, group in KIND_TABLES.items():
         section = table.get(name)
         if not isinstance(section, Mapping) or not isinstance(section.get("kind"), str):
             known = ", ".join(plugins.names(group))
@@ -288,7 +288,7 @@ def _validated(cls: type, values: dict[str, Any], prefix: str, problems: list[st
         config = None
         for item in error.errors():
             path = _dotted(cls, item["loc"], prefix)
-            if path not in found and not (prefix == "" and path in _KIND_TABLES):
+            if path not in found and not (prefix == "" and path in KIND_TABLES):
                 given = "" if item["type"] == "missing" else f"{item['input']!r} given; "
                 found[path] = f"{path}: {given}{_plain(item)}"
     problems += found.values()
@@ -346,6 +346,11 @@ def _is_number(hint: Any) -> bool:
 @cache
 def _adapter(cls: type) -> TypeAdapter[Any]:
     return TypeAdapter(cls)
+
+
+def json_schema(cls: type) -> dict[str, Any]:
+    """JSON Schema of a config dataclass, as pydantic sees it (turbopump.core.reference adds the words)."""
+    return _adapter(cls).json_schema()
 
 
 def to_table(config: Any) -> dict[str, Any]:
