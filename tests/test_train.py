@@ -20,7 +20,7 @@ from turbopump.core.spans import run_breakdown
 from turbopump.train import train
 
 COMMON = {"num_steps": 12, "global_batch": 16, "quiet": True, "logging": {"limit_s": 0.0, "every": 4},
-          "checkpoint": {"every": 4, "every_s": 0.0}, "schedule": {"warmup_steps": 2}}  # fmt: skip
+          "checkpoint": {"every": 4, "every_s": 0.0}, "schedule": {"warmup_steps": 2}, "optimizer": {"lr": 0.01}}  # fmt: skip
 
 
 def run(path: Path, *, model: Net | None = None, dataset: Noisy | None = None, **settings: object):
@@ -83,8 +83,7 @@ def test_a_run_that_crashed_goes_on_bit_for_bit(tmp_path: Path, stop_at: int) ->
     assert result.step == 12
     assert steps(tmp_path / "cut") == steps(tmp_path / "whole")
     assert digests(tmp_path / "cut") == digests(tmp_path / "whole")
-    lost = run_breakdown(read_json_lines(RunDir(tmp_path / "cut").spans(0))).lost
-    assert (lost > 0) == (stop_at % 4 != 0)
+    assert run_breakdown(read_json_lines(RunDir(tmp_path / "cut").spans(0))).lost > 0
 
 
 def test_accumulated_microbatches_give_the_gradient_of_the_whole_batch(tmp_path: Path) -> None:

@@ -86,9 +86,7 @@ def pack_arrays(
 def _field(name: str, array: np.ndarray) -> Field:
     dtype = "uint8" if array.dtype == bool else array.dtype.newbyteorder("=").name
     if dtype not in DTYPES:
-        raise DatasetError(
-            f"array {name!r} holds {array.dtype}, which cannot be packed: use one of {', '.join(DTYPES)}"
-        )
+        raise DatasetError(f"array {name!r} holds {array.dtype}, which is not one of {', '.join(DTYPES)}")
     return Field(name, dtype, tuple(array.shape[1:]))
 
 
@@ -97,9 +95,7 @@ def _values(field: Field, chunk: Chunk, row: int) -> np.ndarray:
         raise DatasetError(f"no array {field.name!r} from row {row} on (there is: {', '.join(chunk)})")
     array = chunk[field.name]
     if array.shape[1:] != field.shape:
-        raise DatasetError(
-            f"{field.name!r} has rows of shape {array.shape[1:]} from row {row} on, {field.shape} before"
-        )
+        raise DatasetError(f"{field.name!r} has shape {array.shape[1:]} from row {row} on, {field.shape} before")
     if not np.can_cast(array.dtype, field.dtype, "same_kind"):
         raise DatasetError(f"{field.name!r} holds {array.dtype} from row {row} on, {field.dtype} before")
     return array.astype(field.dtype, copy=False)

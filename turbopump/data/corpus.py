@@ -14,7 +14,6 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-
 from turbopump.core.errors import DatasetError, UsageError
 from turbopump.core.files import digest
 

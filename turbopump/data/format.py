@@ -12,7 +12,7 @@ import fcntl
 import os
 import shutil
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -21,7 +21,6 @@ import numpy as np
 
 from turbopump.core.errors import CorruptDataError, DatasetError, RunDirectoryError, UsageError
 from turbopump.core.files import digest, digest_file, explain_os_error, fsync_directory, write_atomic
-from turbopump.core.units import human_bytes
 from turbopump.data.manifest import (
     DTYPES,
     MANIFEST_NAME,
@@ -416,11 +415,3 @@ def _write_arrow(file: Path, fields: Sequence[Field], values: Sequence[np.ndarra
 
 def _raw_values(column: Any) -> Any:
     return column.buffers()[-1]
-
-
-def split_sizes(manifest: Manifest) -> Mapping[str, str]:
-    """Rows and bytes of each split as people read them."""
-    return {
-        name: f"{split.rows} rows, {human_bytes(sum(shard.bytes for shard in split.shards))}"
-        for name, split in manifest.splits.items()
-    }

@@ -52,13 +52,10 @@ class Outcome:
     @classmethod
     def of_error(cls, error: BaseException) -> Outcome:
         text = "".join(traceback.format_exception(error))
-        if isinstance(error, Interrupted):
-            return cls(
-                "interrupted", "Interrupted", str(error), _plain(vars(error)), error.exit_code, text, time.time()
-            )
         if isinstance(error, TurbopumpError):
-            known = next(c for c in type(error).__mro__ if getattr(errors, c.__name__, None) is c)
-            return cls("failed", known.__name__, str(error), _plain(vars(error)), error.exit_code, text, time.time())
+            kind = "interrupted" if isinstance(error, Interrupted) else "failed"
+            known = next(c for c in type(error).__mro__ if _known(c.__name__) is c)
+            return cls(kind, known.__name__, str(error), _plain(vars(error)), error.exit_code, text, time.time())
         last_line = traceback.format_exception_only(error)[-1].strip()
         return cls("failed", type(error).__name__, last_line, {}, 1, text, time.time())
 

@@ -145,6 +145,7 @@ def build_state(config: Config, task: Task, run: Run) -> TrainState:
         seed=config.seed, num_steps=config.num_steps, num_workers=config.loader.num_workers,
         prefetch_steps=config.loader.prefetch_steps, pin_memory=run.device.type == "cuda", **common,
     )  # fmt: skip
+    run.closers.append(loader.close)
     forward_backward = ForwardBackward(
         model, task.loss, task.weight, device=run.device, compute=compute, seed=config.seed, **common
     )

@@ -68,7 +68,7 @@ def write_env(rundir: RunDir, more: dict[str, Any]) -> None:
     record = {
         "schema_version": 1,
         "turbopump_version": VERSION,
-        "torch": torch.__version__,
+        "torch": str(torch.__version__),
         **detect.describe(),
         "threads": torch.get_num_threads(),
         **more,

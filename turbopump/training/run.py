@@ -54,6 +54,7 @@ class Run:
         self._began_before_s = began_before_s
         self._signal = 0
         self.evaluate: Evaluate | None = None
+        self.closers: list[Callable[[], None]] = []
         self.evaluations: list[dict[str, Any]] = []
 
     def __enter__(self) -> Run:
@@ -241,7 +242,7 @@ class Run:
         reason = "finished" if error is None else type(error).__name__
         if isinstance(error, Interrupted):
             reason = signal.Signals(error.exit_code - 128).name
-        closers: list[Callable[[], None]] = [*(logger.close for logger in self.loggers), self.checkpoints.close]
+        closers = [*self.closers, *(logger.close for logger in self.loggers), self.checkpoints.close]
         closers += [lambda: self.spans.close(reason), self.spans.__exit__, process_group.destroy]
         if self._lock is not None:
             closers.append(self._lock.close)
