@@ -25,7 +25,14 @@ from turbopump.core.errors import UsageError
 
 DTYPES = {"fp64": torch.float64, "fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 MAX_ERROR = {"fp64": 1e-12, "fp32": 2e-6, "bf16": 1e-2, "fp16": 2e-3}  # relative, of a sum over 512 products
-CPU_SHAPES = ((1024, 1024, 1024), (2048, 1024, 1024), (2048, 2048, 2048), (512, 4096, 1024), (4096, 4096, 4096))
+CPU_SHAPES = (
+    (512, 512, 512),
+    (1024, 1024, 1024),
+    (2048, 1024, 1024),
+    (2048, 2048, 2048),
+    (512, 4096, 1024),
+    (4096, 4096, 4096),
+)
 CUDA_SHAPES = ((4096, 4096, 4096), (8192, 8192, 8192), (16384, 8192, 4096))
 BF16_GAIN = 1.2  # least speed-up for which bf16 is chosen
 REFERENCE_SIZE = 512
@@ -80,12 +87,12 @@ def measure_peak(
 
 def _routes(dtype: str, device: str) -> dict[str, Callable[[], Any]]:
     if device == "cuda":
-        routes: dict[str, Callable[[], Any]] = {"cublas": lambda: _setting(torch.backends.cuda.matmul, "ieee")}
-        return routes
+        return {"cublas": lambda: _setting(torch.backends.cuda.matmul, "ieee")}
     if dtype == "fp32":
+        onednn: Any = torch.backends.mkldnn  # `matmul` is set on it while torch is imported
         return {
-            "default": lambda: _setting(torch.backends.mkldnn.matmul, "ieee"),
-            "mkldnn.matmul.fp32_precision=bf16": lambda: _setting(torch.backends.mkldnn.matmul, "bf16"),
+            "default": lambda: _setting(onednn.matmul, "ieee"),
+            "mkldnn.matmul.fp32_precision=bf16": lambda: _setting(onednn.matmul, "bf16"),
         }
     return {"default": _nothing}
 

@@ -65,6 +65,9 @@ class _MaskedNorm(torch.autograd.Function):
 class MaskedBatchNorm(nn.Module):
     """Batch norm along `dim` over valid positions only (sequence-wise: over all frames of all samples)."""
 
+    running_mean: Tensor
+    running_var: Tensor
+
     def __init__(self, channels: int, dim: int, clip: float = 0.0, momentum: float = 0.1, eps: float = 1e-5) -> None:
         super().__init__()
         self.dim, self.clip, self.momentum, self.eps = dim, clip, momentum, eps

@@ -184,7 +184,7 @@ def build(config: TransformerConfig) -> Transformer:
 
 
 def loss(model: nn.Module, batch: Tensor) -> Tensor:
-    """Mean cross-entropy in nats per target token, a fp32 scalar; raises `DatasetError` for ids beyond the vocabulary."""
+    """Mean cross-entropy in nats per target token, a fp32 scalar; raises `DatasetError` for unknown token ids."""
     tokens = batch.to(torch.int64)
     return model(tokens[:, :-1].clamp(min=0), tokens[:, 1:].contiguous())
 
@@ -212,7 +212,7 @@ def generate(
     same device. Positions beyond the trained length are rotated on as they come; quality falls there.
     """
     generator = torch.Generator(tokens_BT.device).manual_seed(seed)
-    tokens, cache = tokens_BT.to(torch.int64), [None] * len(model.get_submodule("blocks"))
+    tokens, cache = tokens_BT.to(torch.int64), [None] * sum(1 for _ in model.get_submodule("blocks").children())
     with _evaluating(model):
         new = tokens
         for _ in range(num_tokens):
