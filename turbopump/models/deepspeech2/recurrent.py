@@ -48,9 +48,7 @@ def _turned(lengths_B: Tensor, frames: int) -> Tensor:
 
 class _Bidirectional(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx: Any, kind: str, dtype: torch.dtype, turned: Tensor, x_TBI: Tensor, *weights: Tensor
-    ) -> Tensor:
+    def forward(ctx: Any, kind: str, dtype: torch.dtype, turned: Tensor, x_TBI: Tensor, *weights: Tensor) -> Tensor:
         with torch.autocast(x_TBI.device.type, enabled=False):
             x = x_TBI.to(dtype)
             T, B, _ = x.shape
@@ -185,5 +183,3 @@ def _lstm_backward(
         grad_cell = grad_cell * forget[t]
         grad = torch.bmm(by_gate[t], w_state_2GH).float()
     return by_gate, by_gate
-
-

@@ -90,9 +90,10 @@ class _BlockCausalAttention(torch.autograd.Function):
             grad_scores = torch._softmax_backward_data(grad_probs, probs, -1, probs.dtype).mul_(scale)
             grad_q[:, :, begin:end] = torch.bmm(grad_scores, k[:, :end]).unflatten(1, (groups, -1))
             grad_k[:, :end] += torch.bmm(grad_scores.mT, q[:, :, begin:end].flatten(1, 2))
-        B, T, H, E = ctx.shape
+        B, T, _, E = ctx.shape
         grad_q = grad_q.view(B, -1, groups, T, E).permute(0, 3, 1, 2, 4).reshape(ctx.shape)
-        return grad_q, *(g.to(k.dtype).view(B, -1, T, E).transpose(1, 2) for g in (grad_k, grad_v))
+        grad_k, grad_v = (g.to(k.dtype).view(B, -1, T, E).transpose(1, 2) for g in (grad_k, grad_v))
+        return grad_q, grad_k, grad_v
 
 
 def _grouped(x_BTHE: Tensor, key_heads: int) -> Tensor:
@@ -133,8 +134,8 @@ class _LinearCrossEntropy(torch.autograd.Function):
         N, V = x_ND.shape[0], head_VD.shape[0]
         x_ND, head = x_ND.to(dtype), head_VD.to(dtype)
         wanted = any(ctx.needs_input_grad)
-        grad_x = torch.empty_like(x_ND) if wanted else None
-        grad_head = torch.zeros(head.shape, dtype=torch.float32, device=head.device) if wanted else None
+        grad_x = torch.empty_like(x_ND if wanted else x_ND[:0])
+        grad_head = torch.zeros_like(head if wanted else head[:0], dtype=torch.float32)
         valid_N = targets_N >= 0
         scale = valid_N.sum().clamp_(min=1).reciprocal()  # of the mean, on the device
         weight_N, index_N = valid_N * scale, targets_N.clamp(min=0)
