@@ -153,7 +153,7 @@ def evaluation_batches(
 ) -> Iterator[Any]:
     """Batches of up to `batch` samples in order; the ranks read disjoint contiguous parts that cover everything.
 
-    `max_samples` 0 reads all. What is random in a sample is keyed as in epoch 0 of seed 0, so every evaluation is alike.
+    `max_samples` 0 reads all. What is random in a sample is keyed by its index alone, so every evaluation is alike.
     """
     size = _checked_size(source)
     size = min(size, max_samples) if max_samples else size
