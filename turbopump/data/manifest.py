@@ -143,7 +143,7 @@ def read_manifest(path: Path) -> Manifest:
         raise CorruptDataError(f"{file} is damaged: its content differs from its own digest; pack the dataset again")
     try:
         return _parse(table)
-    except (KeyError, TypeError, ValueError) as error:
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise CorruptDataError(f"{file} is not usable: {error!r}; pack the dataset again") from error
 
 
@@ -163,9 +163,11 @@ def _parse(table: dict[str, Any]) -> Manifest:
         raise ValueError("no fields or block_bytes of 0")
     splits = {_file_name(name): _split(entry, fields, block_bytes) for name, entry in table["splits"].items()}
     entry = table["tokenizer"]
-    tokenizer = entry and TokenizerEntry(
-        _text(entry["kind"]), _count(entry["vocab_size"]), _file_name(entry["file"]), _text(entry["digest"])
-    )
+    tokenizer = None
+    if entry is not None:
+        tokenizer = TokenizerEntry(
+            _text(entry["kind"]), _count(entry["vocab_size"]), _file_name(entry["file"]), _text(entry["digest"])
+        )
     return Manifest(
         _text(table["kind"]), block_bytes, fields, splits, tokenizer, tuple(map(_text, table["sources"])),
         _count(table["skipped"]), SCHEMA_VERSION, _text(table["turbopump_version"]),
