@@ -26,7 +26,7 @@ import torch
 from turbopump.core import checkpoint_store as store
 from turbopump.core.config import CheckpointConfig
 from turbopump.core.errors import CheckpointError, CorruptCheckpointError, UsageError
-from turbopump.core.files import digest, to_json
+from turbopump.core.files import digest, from_json, to_json
 from turbopump.core.tensor_file import (
     PAGE_BYTES,
     FileDigests,
@@ -110,7 +110,7 @@ class _Flight:
         self.step, self.stall_s = job.step, 0.0
         self.write_s = self.cpu_s = 0.0
         self.info: store.CheckpointInfo | None = None
-        self.error: Exception | None = None
+        self.error: BaseException | None = None
         self._job, self._write = job, write
         # A daemon: a second Ctrl-C need not wait for the disk; what it leaves is a staging directory.
         self.thread = threading.Thread(target=self._run, name="checkpoint-writer", daemon=True)
@@ -120,7 +120,7 @@ class _Flight:
         begin = time.perf_counter()
         try:
             self.info = self._write(self._job)
-        except Exception as error:
+        except BaseException as error:  # raised again, on the main thread, by `_land`
             self.error = error
         self.write_s, self.cpu_s = time.perf_counter() - begin, time.thread_time()
 
@@ -247,6 +247,8 @@ class Checkpoints:
         tensors = state.checkpoint_tensors()
         share = self._prepare(tensors)
         for name, entry in share.layout.tensors.items():
+            if entry.begin == entry.end:
+                continue
             part = self._image[entry.begin : entry.end].view(DTYPES[entry.dtype]).view(entry.shape)
             part.copy_(local_data(tensors[name]), non_blocking=True)
         if self._image.is_pinned():
@@ -254,7 +256,7 @@ class Checkpoints:
         values = state.checkpoint_values()
         check_json_able(values)
         plain = {key: float(value) for key, value in metrics.items()} if metrics is not None else None
-        return _Job(state.step, share, flat_bytes(self._image), values, plain)
+        return _Job(state.step, share, flat_bytes(self._image), from_json(to_json(values)), plain)
 
     def _prepare(self, tensors: Mapping[str, torch.Tensor]) -> _Share:
         """This rank's share, and a host buffer for it, both kept while the tensors stay of the same kinds."""
@@ -419,8 +421,10 @@ def check_json_able(value: Any, where: str = "values") -> None:
         for key, item in value.items():
             check_json_able(item, f"{where}.{key}")
     else:
-        raise CheckpointError(f"{where} ({value!r:.80}) cannot be kept in a checkpoint: values are finite numbers of 64 "
-                              "bits, strings, booleans, None, and lists and dicts (with string keys) of them")  # fmt: skip
+        raise CheckpointError(
+            f"{where} ({value!r:.80}) cannot be kept in a checkpoint: values are finite numbers of 64 bits, strings, "
+            "booleans, None, and lists and dicts (with string keys) of them"
+        )
 
 
 def _digests(reports: list[dict[str, Any]]) -> dict[str, FileDigests]:

@@ -48,7 +48,7 @@ def plan_boxes(tensors: Mapping[str, torch.Tensor], rank: int, world_size: int) 
             raise CheckpointError(f"tensor {name!r} ({tensor.dtype}, {tensor.layout}) has no place in safetensors: "
                                   "keep it out of the checkpoint, or as dense numbers of another dtype")  # fmt: skip
         shape, dtype = tuple(tensor.shape), DTYPE_NAMES[tensor.dtype]
-        if not isinstance(tensor, DTensor):
+        if not isinstance(tensor, DTensor) or not tensor.numel():
             replicated[name] = Box(shape, dtype, (0,) * len(shape), shape)
         elif _writes(tensor, ordinal, name):
             local_shape, offsets = local_box(tensor)
@@ -103,7 +103,7 @@ def differences(stored: Mapping[str, StoredTensor], tensors: Mapping[str, torch.
 
 def flat_bytes(tensor: torch.Tensor) -> memoryview:
     """The memory of a contiguous CPU tensor."""
-    return memoryview(tensor.reshape(-1).view(torch.uint8).numpy())
+    return tensor.reshape(-1).view(torch.uint8).numpy().data
 
 
 def _writes(tensor: DTensor, ordinal: int, name: str) -> bool:
