@@ -74,7 +74,7 @@ def test_300_flipped_bits_are_all_detected():
     assert counts["undetected"] == 0 and counts["detected"] + counts["harmless"] == 300, counts
 
 
-# --- damage -----------------------------------------------------------------------------------------------------------
+# --- damage ------------------------------------------------------------
 
 
 def flip(path: Path, position: int = -1) -> None:
@@ -86,7 +86,9 @@ def flip(path: Path, position: int = -1) -> None:
 def test_a_flipped_bit_names_file_and_tensor(saved):
     path = saved / step_name(3)
     flip(path / "rank0.safetensors")
-    with pytest.raises(CorruptCheckpointError, match=r"rank0\.safetensors: tensor 'model\.2' .* differs from its checks"):
+    with pytest.raises(
+        CorruptCheckpointError, match=r"rank0\.safetensors: tensor 'model\.2' .* differs from its checks"
+    ):
         read_checkpoint(path)
     (problem,) = verify_checkpoint(path)
     assert "rank0.safetensors" in problem and "'model.2'" in problem
@@ -166,11 +168,15 @@ def test_another_schema_is_an_error_not_a_fallback(saved, monkeypatch):
     assert not isinstance(error.value, CorruptCheckpointError)
 
 
-# --- crashes at every call that changes the disk ------------------------------------------------------------------------
+# --- crashes at every call that changes the disk ------------------------------------------------------------
 
 
 class Crash(BaseException):
     """Ends the writer where it stands: no handler of the code under test runs on it."""
+
+
+def crash(*_: object, **__: object) -> None:
+    raise Crash
 
 
 class Schedule:
@@ -212,7 +218,7 @@ def test_a_crash_at_every_call_leaves_the_old_step_or_the_new(tmp_path, monkeypa
         open_run(directory).save(State(1), wait=True)
         job = open_run(directory, keep_last=1)
         with monkeypatch.context() as patch:
-            patch.setattr("shutil.rmtree", lambda *a, **k: (_ for _ in ()).throw(Crash()))  # a dead process cleans nothing
+            patch.setattr("shutil.rmtree", crash)  # a dead process cleans nothing
             Schedule(patch, at, Crash())
             job.save(State(2))
             job._flight.thread.join()
@@ -231,7 +237,7 @@ def test_a_crash_while_a_step_is_replaced_loses_neither(tmp_path, monkeypatch):
         open_run(directory).save(State(1), metrics={"loss": 1.0}, wait=True)
         job = open_run(directory)
         with monkeypatch.context() as patch:
-            patch.setattr("shutil.rmtree", lambda *a, **k: (_ for _ in ()).throw(Crash()))
+            patch.setattr("shutil.rmtree", crash)
             Schedule(patch, at, Crash())
             job.save(State(1), metrics={"loss": 2.0})
             job._flight.thread.join()
@@ -267,7 +273,7 @@ def test_an_error_of_any_call_ends_the_save_leaves_no_litter_and_keeps_the_old_s
     assert failures >= 10
 
 
-# --- the disk and the directory -----------------------------------------------------------------------------------------
+# --- the disk and the directory ------------------------------------------------------------
 
 
 def test_a_disk_known_to_be_too_full_is_an_error_before_a_byte_is_written(tmp_path, monkeypatch):
@@ -285,7 +291,8 @@ def test_a_disk_known_to_be_too_full_is_an_error_before_a_byte_is_written(tmp_pa
 def small_disk(tmp_path):
     place = tmp_path / "small"
     place.mkdir()
-    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=10m", "tmpfs", place], capture_output=True, text=True)
+    command = ["mount", "-t", "tmpfs", "-o", "size=10m", "tmpfs", str(place)]
+    mounted = subprocess.run(command, check=False, capture_output=True, text=True)
     if mounted.returncode:
         pytest.skip(f"no small file system can be mounted here: {mounted.stderr.strip()}")
     yield place
@@ -360,14 +367,14 @@ def test_an_old_checkpoint_that_cannot_be_deleted_is_warned_about(tmp_path, monk
     def refuse(path):
         raise OSError(errno.EPERM, "not allowed")
 
-    monkeypatch.setattr("turbopump.core.checkpoint_store.remove", refuse)
+    monkeypatch.setattr("turbopump.core.checkpoint_commit.remove", refuse)
     checkpoints.save(State(2), wait=True)
     assert len(warnings) == 1 and step_name(1) in warnings[0]
     assert latest(tmp_path) == tmp_path / step_name(2)
 
 
 def test_names_in_an_index_cannot_leave_the_directory(saved):
-    from turbopump.core import checkpoint_store as store
+    from turbopump.core import checkpoint_commit as store
     from turbopump.core.files import digest, from_json, to_json
 
     path = saved / step_name(3)
