@@ -10,17 +10,19 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import math
 import tomllib
 import types
 import typing
 from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, dataclass, field
-from pathlib import Path
+from functools import cache
+from pathlib import Path, PurePath
 from typing import Annotated, Any, Literal
 
 import tomli_w
 from annotated_types import Ge, Gt, Le, Lt
-from pydantic import ConfigDict, TypeAdapter, ValidationError
+from pydantic import TypeAdapter, ValidationError
 
 from turbopump.core import plugins
 from turbopump.core.errors import ConfigError, UsageError
@@ -94,6 +96,7 @@ class EvaluationConfig:
     """Evaluation on held-out data while training."""
 
     every: NonNegativeInt = setting(0, "steps between evaluations; 0 evaluates at the end only")
+    at_start: bool = setting(True, "evaluate the model before the first step, to compare with")
     max_samples: NonNegativeInt = setting(0, "samples an evaluation reads at most; 0 reads the whole split")
     split: str = setting("validation", "the split evaluated while training")
     batch: PositiveInt = setting(32, "samples a device evaluates at once")
@@ -117,6 +120,9 @@ class LoggingConfig:
 
     every: PositiveInt = setting(10, "steps between progress lines; the loss of each step is in metrics.jsonl anyway")
     loggers: tuple[str, ...] = setting((), "further loggers, e.g. `tensorboard`")
+    limit_s: NonNegativeFloat = setting(
+        1.0, "seconds spent at the start on measuring what this machine can do at best; 0 leaves it out"
+    )
 
 
 @dataclass(frozen=True)
@@ -164,11 +170,14 @@ class LiveConfig:
 CHANGEABLE_ON_RESUME = ("num_steps", "evaluation", "checkpoint", "logging", "launch", "loader.num_workers",
                         "loader.prefetch_steps", "data.path")  # fmt: skip
 
-_KIND_TABLES = {"model": "turbopump.models", "data": "turbopump.sources"}
+KIND_TABLES = {"model": "turbopump.models", "data": "turbopump.sources"}
 
 
-def load(path: Path | str, overrides: Sequence[str] = ()) -> Config:
-    """The recipe at `path` with `key=value` overrides; raises `ConfigError` or `UsageError`."""
+def load(path: Path | str, overrides: Sequence[str] = (), live: Mapping[str, Any] | None = None) -> Config:
+    """The recipe at `path` with `key=value` overrides; raises `ConfigError` or `UsageError`.
+
+    `live` are tables that stand for live objects, in place of the recipe's own.
+    """
     path = Path(path)
     try:
         table = tomllib.loads(path.read_text(encoding="utf-8"))
@@ -182,24 +191,24 @@ def load(path: Path | str, overrides: Sequence[str] = ()) -> Config:
         raise UsageError(f"{path} is not valid TOML: {error}") from error
     for override in overrides:
         apply_override(table, override)
-    return parse(table, where=str(path))
+    return parse({**table, **(live or {})}, where=str(path))
 
 
 def apply_override(table: dict[str, Any], override: str) -> None:
     """Set `a.b=value` in a nested table; the value is read as TOML, or taken as a string where it is none."""
     key, equals, text = override.partition("=")
-    if not equals or not key.strip():
+    *parents, last = (part.strip() for part in key.split("."))
+    if not equals or not all((*parents, last)):
         raise UsageError(f"{override!r} is not of the form key=value, e.g. model.num_layers=8")
     try:
-        value = tomllib.loads(f"v = {text}")["v"]
+        value = tomllib.loads(f"v = {text}") if "\n" not in text else {"v": text}
     except tomllib.TOMLDecodeError:
-        value = text
-    *parents, last = key.strip().split(".")
+        value = {"v": text}
     for name in parents:
         table = table.setdefault(name, {})
         if not isinstance(table, dict):
             raise UsageError(f"{override!r}: {name!r} is a value, not a table")
-    table[last] = value
+    table[last] = value["v"]
 
 
 def parse(table: Mapping[str, Any], where: str = "recipe") -> Config:
@@ -207,18 +216,15 @@ def parse(table: Mapping[str, Any], where: str = "recipe") -> Config:
     table = dict(table)
     problems = _check_schema(table)
     values = dict(table)
-    for name, group in _KIND_TABLES.items():
+    for name, group in KIND_TABLES.items():
         section = table.get(name)
         if not isinstance(section, Mapping) or not isinstance(section.get("kind"), str):
             known = ", ".join(plugins.names(group))
             problems.append(f'{name}: a table [{name}] with a kind is needed, e.g. kind = "..." (known: {known})')
             values[name] = None
             continue
-        if section["kind"] == "live":
-            values[name] = LiveConfig(**section)
-            continue
         try:
-            cls = plugins.find(group, section["kind"]).config
+            cls = LiveConfig if section["kind"] == "live" else plugins.find(group, section["kind"]).config
         except UsageError as error:
             problems.append(f"{name}.kind: {error}")
             values[name] = None
@@ -240,6 +246,9 @@ def validate(config: Config) -> Config:
 def cross_check(config: Config) -> list[str]:
     """Problems that concern several fields at once."""
     problems = []
+    place = PurePath(config.name)
+    if not place.name or place.is_absolute() or ".." in place.parts or "\0" in config.name:
+        problems.append(f"name: {config.name!r} names no directory below runs/: use a name such as 'my-run'")
     if config.microbatch > config.global_batch:
         problems.append(
             f"microbatch: {config.microbatch} is more than global_batch ({config.global_batch}): "
@@ -272,50 +281,76 @@ def _check_schema(table: dict[str, Any]) -> list[str]:
 
 
 def _validated(cls: type, values: dict[str, Any], prefix: str, problems: list[str]) -> Any:
-    unknown = _unknown_keys(cls, values, prefix)
-    problems += unknown
+    found = _key_problems(cls, values, prefix)
     try:
-        return _adapter(cls).validate_python(values)
+        config = _adapter(cls).validate_python(values)
     except ValidationError as error:
+        config = None
         for item in error.errors():
-            location = [str(part) for part in item["loc"]]
-            path = ".".join([prefix, *location] if prefix else location)
-            if item["type"] == "unexpected_keyword_argument" or path in {u.split(":")[0] for u in unknown}:
-                continue
-            if prefix == "" and location[0] in _KIND_TABLES:
-                continue
-            given = "" if item["type"] == "missing" else f"{item['input']!r} given; "
-            problems.append(f"{path}: {given}{_plain(item)}")
-        return None
+            path = _dotted(cls, item["loc"], prefix)
+            if path not in found and not (prefix == "" and path in KIND_TABLES):
+                given = "" if item["type"] == "missing" else f"{item['input']!r} given; "
+                found[path] = f"{path}: {given}{_plain(item)}"
+    problems += found.values()
+    return None if found else config
+
+
+def _dotted(cls: Any, location: Sequence[int | str], prefix: str) -> str:
+    """`logging.loggers.1` of pydantic's location, which also names the branches of a union."""
+    path = [prefix] if prefix else []
+    for part in location:
+        if dataclasses.is_dataclass(cls) and part in (hints := typing.get_type_hints(cls)):
+            cls = hints[str(part)]
+        elif not isinstance(part, int):
+            continue
+        path.append(str(part))
+    return ".".join(path)
 
 
 def _plain(item: Any) -> str:
-    message = item["msg"][0].lower() + item["msg"][1:]
-    return "this setting is needed" if item["type"] in ("missing", "missing_argument") else message
+    if item["type"] == "missing":
+        return "this setting is needed"
+    if item["type"] == "dataclass_type":
+        return "a table is needed"
+    if item["type"] == "tuple_type":
+        return "a list is needed, e.g. [1, 2]"
+    return item["msg"][0].lower() + item["msg"][1:]
 
 
-def _unknown_keys(cls: type, values: Mapping[str, Any], prefix: str) -> list[str]:
-    problems = []
+def _key_problems(cls: type, values: Mapping[Any, Any], prefix: str) -> dict[str, str]:
+    """Problems by dotted path that pydantic lets pass: unknown keys, `true` for a number, numbers too big."""
+    problems = {}
     hints = typing.get_type_hints(cls)
     for key, value in values.items():
-        path = f"{prefix}.{key}" if prefix else key
+        path = f"{prefix}.{key}" if prefix else str(key)
         if key not in hints:
-            close = difflib.get_close_matches(key, hints, 1)
+            close = difflib.get_close_matches(str(key), hints, 1)
             hint = f"did you mean {close[0]!r}?" if close else f"known: {', '.join(hints)}"
-            problems.append(f"{path}: no such setting; {hint}")
+            problems[path] = f"{path}: no such setting; {hint}"
         elif dataclasses.is_dataclass(hints[key]) and isinstance(value, Mapping):
-            problems += _unknown_keys(hints[key], value, path)
+            problems |= _key_problems(typing.cast(type, hints[key]), value, path)
+        elif isinstance(value, bool) and _is_number(hints[key]):
+            problems[path] = f"{path}: {str(value).lower()} given; a number is needed"
+        elif isinstance(value, int) and not -(2**63) <= value < 2**63:
+            problems[path] = f"{path}: {value} given; a number of at most 64 bits is needed"
+        elif isinstance(value, float) and not math.isfinite(value):
+            problems[path] = f"{path}: {value} given; a finite number is needed"
     return problems
 
 
+def _is_number(hint: Any) -> bool:
+    choices = typing.get_args(hint) or (hint,)
+    return bool not in choices and (int in choices or float in choices)
+
+
+@cache
 def _adapter(cls: type) -> TypeAdapter[Any]:
-    if cls not in _adapters:
-        _adapters[cls] = TypeAdapter(cls, config=ConfigDict(arbitrary_types_allowed=True)) if cls is Any else (
-            TypeAdapter(cls))  # fmt: skip
-    return _adapters[cls]
+    return TypeAdapter(cls)
 
 
-_adapters: dict[type, TypeAdapter[Any]] = {}
+def json_schema(cls: type) -> dict[str, Any]:
+    """JSON Schema of a config dataclass, as pydantic sees it (turbopump.core.reference adds the words)."""
+    return _adapter(cls).json_schema()
 
 
 def to_table(config: Any) -> dict[str, Any]:
@@ -325,9 +360,12 @@ def to_table(config: Any) -> dict[str, Any]:
         value = getattr(config, item.name)
         if value is None:
             continue
-        table[item.name] = to_table(value) if dataclasses.is_dataclass(value) else (
-            list(value) if isinstance(value, tuple) else value)  # fmt: skip
+        table[item.name] = to_table(value) if dataclasses.is_dataclass(value) else _as_lists(value)
     return table
+
+
+def _as_lists(value: Any) -> Any:
+    return [_as_lists(item) for item in value] if isinstance(value, tuple | list) else value
 
 
 def to_toml(table: Mapping[str, Any]) -> str:
@@ -378,13 +416,16 @@ def describe_type(hint: Any) -> str:
     if typing.get_origin(hint) is Annotated:
         base, *limits = typing.get_args(hint)
         signs = {Ge: (">=", "ge"), Gt: (">", "gt"), Le: ("<=", "le"), Lt: ("<", "lt")}
-        text = " and ".join(f"{signs[type(x)][0]} {getattr(x, signs[type(x)][1])}" for x in limits if type(x) in signs)
+        shown = [(signs[type(limit)], limit) for limit in limits if type(limit) in signs]
+        text = " and ".join(f"{sign} {getattr(limit, name)}" for (sign, name), limit in shown)
         return f"{describe_type(base)} {text}".strip()
-    if typing.get_origin(hint) is Literal:
-        return " | ".join(f'"{value}"' for value in typing.get_args(hint))
-    if typing.get_origin(hint) in (typing.Union, types.UnionType):
-        return " | ".join(describe_type(a) for a in typing.get_args(hint) if a is not type(None))
-    if typing.get_origin(hint) is tuple:
-        return f"list of {describe_type(typing.get_args(hint)[0])}"
-    plain = {int: "integer", float: "number", str: "string", bool: "true | false", Any: "table"}
+    origin, inside = typing.get_origin(hint), typing.get_args(hint)
+    if origin is Literal:
+        return " | ".join(tomli_w.dumps({"v": value})[4:].strip() for value in inside if value is not None)
+    if origin in (typing.Union, types.UnionType):
+        return " | ".join(describe_type(choice) for choice in inside if choice is not type(None))
+    if origin in (tuple, list):
+        same = origin is list or (len(inside) == 2 and inside[1] is Ellipsis)
+        return f"list of {describe_type(inside[0])}" if same else f"[{', '.join(map(describe_type, inside))}]"
+    plain = {int: "integer", float: "number", str: "string", bool: "true | false", tuple: "list", list: "list"}
     return plain.get(hint, "table")

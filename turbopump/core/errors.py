@@ -26,8 +26,12 @@ class ConfigError(UsageError):
 
     def __init__(self, problems: Sequence[str], where: str = "recipe") -> None:
         self.problems = tuple(problems)
+        self.where = where
         head = f"{where}: {len(self.problems)} problem{'s' if len(self.problems) != 1 else ''}"
         super().__init__("\n".join([head, *(f"  {p}" for p in self.problems)]))
+
+    def __reduce__(self) -> tuple[type[ConfigError], tuple[tuple[str, ...], str]]:
+        return type(self), (self.problems, self.where)  # processes hand errors to each other
 
 
 class MissingDependencyError(UsageError):
@@ -35,6 +39,10 @@ class MissingDependencyError(UsageError):
 
     def __init__(self, package: str, extra: str, purpose: str) -> None:
         super().__init__(f"{purpose} needs {package}, which is not installed: pip install 'turbopump[{extra}]'")
+        self._given = (package, extra, purpose)
+
+    def __reduce__(self) -> tuple[type[MissingDependencyError], tuple[str, str, str]]:
+        return type(self), self._given
 
 
 class ResumeError(UsageError):
@@ -83,3 +91,6 @@ class Interrupted(TurbopumpError):
     def __init__(self, message: str, signal_number: int) -> None:
         super().__init__(message)
         self.exit_code = 128 + signal_number
+
+    def __reduce__(self) -> tuple[type[Interrupted], tuple[str, int]]:
+        return type(self), (str(self), self.exit_code - 128)

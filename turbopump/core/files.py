@@ -31,10 +31,12 @@ def write_atomic(path: Path, content: bytes | str) -> None:
             os.fsync(file.fileno())
         os.replace(staging, path)
         fsync_directory(path.parent)
-    except OSError as error:
+    except BaseException as error:  # also Ctrl-C: no staging file may stay behind
         if staging is not None:
             Path(staging).unlink(missing_ok=True)
-        raise RunDirectoryError(explain_os_error(error, path)) from error
+        if isinstance(error, OSError):
+            raise RunDirectoryError(explain_os_error(error, path)) from error
+        raise
 
 
 def fsync_directory(path: Path) -> None:
@@ -79,7 +81,7 @@ def read_json_lines(path: Path) -> Iterator[dict[str, Any]]:
         for line in file:
             try:
                 record = msgspec.json.decode(line)
-            except msgspec.DecodeError:
+            except (msgspec.DecodeError, UnicodeDecodeError):
                 continue
             if isinstance(record, dict):
                 yield record
@@ -120,8 +122,12 @@ class JsonLines:
         try:
             self.flush()
             os.fsync(self._file.fileno())
-        finally:
             self._file.close()
+        except OSError as error:
+            raise RunDirectoryError(explain_os_error(error, self._path)) from error
+        finally:
+            if not self._file.closed:
+                self._file.raw.close()  # what the disk did not take stays behind, and was reported
 
 
 def _ends_with_newline(path: Path) -> bool:

@@ -65,17 +65,22 @@ def find(group: str, kind: str) -> Any:
         hint = f", did you mean {close[0]!r}?" if close else ""
         allowed = ", ".join(sorted(known)) or "none installed"
         raise UsageError(f"no {group.removeprefix('turbopump.')} kind {kind!r}{hint} (known: {allowed})")
-    return known[kind].load()
+    try:
+        return known[kind].load()
+    except (ImportError, AttributeError) as error:
+        raise UsageError(f"{group.removeprefix('turbopump.')} kind {kind!r} is installed but does not load "
+                         f"({known[kind].value}): {error}") from error  # fmt: skip
 
 
 def load_function(reference: str) -> Any:
     """The object that `module:function` names; raises `UsageError` where there is none."""
     module_name, _, attribute = reference.partition(":")
-    if not module_name or not attribute:
+    if not attribute or not all(module_name.split(".")):
         raise UsageError(f"{reference!r} is not of the form module:function")
     try:
-        return getattr(importlib.import_module(module_name), attribute)
+        module = importlib.import_module(module_name)
     except ModuleNotFoundError as error:
         raise UsageError(f"{reference}: no module {error.name!r}; is its folder on PYTHONPATH?") from error
-    except AttributeError as error:
-        raise UsageError(f"{reference}: module {module_name!r} has no {attribute!r}") from error
+    if not hasattr(module, attribute):
+        raise UsageError(f"{reference}: module {module_name!r} has no {attribute!r}")
+    return getattr(module, attribute)

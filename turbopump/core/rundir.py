@@ -63,7 +63,7 @@ class RunDir:
         return self.path / "spans" / f"rank{rank}.jsonl"
 
     def all_spans(self) -> list[Path]:
-        return sorted((self.path / "spans").glob("rank*.jsonl"), key=lambda p: int(p.stem.removeprefix("rank")))
+        return sorted((self.path / "spans").glob("rank[0-9]*.jsonl"), key=lambda p: int(p.stem.removeprefix("rank")))
 
     @property
     def exists(self) -> bool:
@@ -84,10 +84,17 @@ class RunDir:
 
     def lock(self) -> IO[str]:
         """Hold the directory for one process (advisory `flock`, freed by the kernel however the process ends)."""
-        file = (self.path / ".lock").open("a+")
+        path = self.path / ".lock"
+        try:
+            file = path.open("a+")
+        except OSError as error:
+            raise RunDirectoryError(explain_os_error(error, path)) from error
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
+            if not isinstance(error, BlockingIOError):
+                file.close()
+                raise RunDirectoryError(f"{path} cannot be locked ({error.strerror}): use a local disk") from error
             file.seek(0)
             owner = file.read().strip() or "another process"
             file.close()

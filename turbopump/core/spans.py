@@ -16,6 +16,7 @@ there is none, so that code with spans runs anywhere). Records go to `spans/rank
 from __future__ import annotations
 
 import os
+import threading
 import time
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -32,6 +33,9 @@ STEP_SPANS = {
     "bubble": "bubble",
     "optimizer": "optimizer",
 }
+
+
+PERIODS = ("startup", "evaluation", "checkpoint")  # any other, e.g. `logging`, is idle time of the run
 
 
 @dataclass(frozen=True)
@@ -81,12 +85,25 @@ class RunBreakdown:
 class Spans:
     """The span recorder of one process; `path` None records nothing on disk."""
 
-    def __init__(self, path: Path | None = None, *, attempt: int = 0, rank: int = 0, world_size: int = 1) -> None:
+    def __init__(
+        self,
+        path: Path | None = None,
+        *,
+        attempt: int = 0,
+        rank: int = 0,
+        world_size: int = 1,
+        began_before_s: float = 0.0,
+    ) -> None:
+        """`began_before_s`: the attempt began this long ago (the process was started, libraries were imported)."""
         self._file = JsonLines(path) if path is not None else None
-        self._start = time.perf_counter()
+        self._start = time.perf_counter() - began_before_s
+        self.last_step_s = 0.0
         self._stack: list[_Open] = []
         self._totals: dict[str, float] = {}
-        self._write({"type": "attempt", "attempt": attempt, "epoch_s": time.time(), "pid": os.getpid(), "rank": rank,
+        self._thread = threading.get_ident()
+        self._before: Spans | None = None
+        self._write({"type": "attempt", "attempt": attempt, "epoch_s": time.time() - began_before_s,
+                     "pid": os.getpid(), "rank": rank,
                      "world_size": world_size})  # fmt: skip
         self.flush()
 
@@ -118,6 +135,11 @@ class Spans:
                          "s": time.perf_counter() - begin, "step": step})  # fmt: skip
             self.flush()
 
+    def started(self) -> None:
+        """Everything since the attempt began was start-up."""
+        self._write({"type": "period", "name": "startup", "start_s": 0.0, "s": self.now(), "step": None})
+        self.flush()
+
     def restored(self, step: int) -> None:
         self._write({"type": "restore", "step": step})
 
@@ -136,29 +158,33 @@ class Spans:
 
     def __enter__(self) -> Spans:
         global _current
-        _current = self
+        self._before, _current = _current, self
         return self
 
     def __exit__(self, *_: object) -> None:
         global _current
-        _current = None
+        _current = self._before
 
 
 class _Open:
-    __slots__ = ("begin", "inner", "name")
+    __slots__ = ("begin", "inner", "name", "spans")
 
     def __init__(self, name: str) -> None:
         self.name = name
 
     def __enter__(self) -> None:
-        if _current is not None:
-            _current._stack.append(self)
+        spans = _current
+        if spans is not None and spans._thread == threading.get_ident():  # others overlap this one
+            self.spans: Spans | None = spans
+            spans._stack.append(self)
             self.inner = 0.0
             self.begin = time.perf_counter()
+        else:
+            self.spans = None
 
     def __exit__(self, *_: object) -> None:
-        spans = _current
-        if spans is None or not spans._stack:
+        spans = self.spans
+        if spans is None:
             return
         elapsed = time.perf_counter() - self.begin
         spans._stack.pop()
@@ -187,33 +213,45 @@ def step_breakdown(records: Iterable[Mapping[str, Any]]) -> StepBreakdown:
 def run_breakdown(records: Iterable[Mapping[str, Any]]) -> RunBreakdown:
     """Breakdown of a whole run from all records of one rank, in file order, over all attempts.
 
-    A step is lost when a later attempt went on from before it. `idle` is what nothing else explains: time between
-    attempts and between periods.
+    A step is lost when it was done again: a later attempt went on from before it. A period inside another is taken
+    from the outer one. `idle` is what nothing else explains: time between attempts and between periods.
     """
     seconds = dict.fromkeys((f.name for f in fields(RunBreakdown)), 0.0)
-    pending: list[tuple[int, float]] = []  # steps of earlier attempts that a later restore may still undo
-    first_s = last_s = base_s = 0.0
-    began = False
+    kept: list[tuple[int, float]] = []  # (number, seconds) of the steps that no later attempt did again
+    closed: list[tuple[float, float]] = []  # (start, seconds) of periods that a later record may turn out to hold
+    origin_s: float | None = None
+    base_s = last_s = 0.0
     for record in records:
         kind = record.get("type")
         if kind == "attempt":
-            base_s = record["epoch_s"]
-            first_s, began = (first_s, True) if began else (base_s, True)
-            last_s = max(last_s, base_s)
+            origin_s = record["epoch_s"] if origin_s is None else origin_s
+            base_s = last_s = max(last_s, record["epoch_s"] - origin_s)  # also where the clock was set back
+            closed.clear()
         elif kind == "restore":
-            seconds["lost"] += sum(s for step, s in pending if step > record["step"])
-            pending = [(step, s) for step, s in pending if step <= record["step"]]
-        elif kind == "step":
-            pending.append((record["step"], record["s"]))
-            last_s = max(last_s, base_s + record["start_s"] + record["s"])
-        elif kind == "period":
-            name = record["name"] if record["name"] in seconds else "idle"
-            if name != "idle":
-                seconds[name] += record["s"]
-            last_s = max(last_s, base_s + record["start_s"] + record["s"])
+            seconds["lost"] += _undo(kept, record["step"])
+        elif kind in ("step", "period"):
+            start_s, s = record["start_s"], record["s"]
+            last_s = max(last_s, base_s + start_s + s)
+            inner_s = 0.0
+            while closed and closed[-1][0] >= start_s:
+                inner_s += closed.pop()[1]
+            closed.append((start_s, s))
+            own_s = max(0.0, s - inner_s)
+            if kind == "step":
+                seconds["lost"] += _undo(kept, record["step"] - 1)
+                kept.append((record["step"], own_s))
+            elif record["name"] in PERIODS:
+                seconds[record["name"]] += own_s
         elif kind == "end":
             last_s = max(last_s, base_s + record["s"])
-    seconds["steps"] = sum(s for _, s in pending)
-    wall_s = last_s - first_s
-    seconds["idle"] = max(0.0, wall_s - sum(s for name, s in seconds.items() if name != "idle"))
+    seconds["steps"] = sum(s for _, s in kept)
+    seconds["idle"] = max(0.0, last_s - sum(s for name, s in seconds.items() if name != "idle"))
     return RunBreakdown(**seconds)
+
+
+def _undo(kept: list[tuple[int, float]], last_step: int) -> float:
+    """Take the steps after `last_step` away; their seconds."""
+    lost_s = 0.0
+    while kept and kept[-1][0] > last_step:
+        lost_s += kept.pop()[1]
+    return lost_s

@@ -13,11 +13,11 @@ def human(value: float, unit: str = "", digits: int = 3) -> str:
         return f"{value} {unit}".strip()
     magnitude, prefix = abs(value), ""
     for prefix in _PREFIXES:
-        if magnitude < 999.5 or prefix == _PREFIXES[-1]:
+        if float(f"{magnitude:.{digits}g}") < 1000 or prefix == _PREFIXES[-1]:
             break
         magnitude /= 1000
     text = f"{math.copysign(magnitude, value):.{digits}g}"
-    if "e" in text:
+    if "e+" in text:
         text = f"{float(text):.0f}"
     separator = " " if (unit or prefix) else ""
     return f"{text}{separator}{prefix}{unit}"
@@ -33,9 +33,11 @@ def human_seconds(seconds: float) -> str:
         return str(seconds)
     if seconds < 0:
         return "-" + human_seconds(-seconds)
-    if seconds < 1e-3:
+    if seconds == 0:
+        return "0 s"
+    if seconds < 0.9995e-3:
         return f"{seconds * 1e6:.3g} µs"
-    if seconds < 1:
+    if seconds < 0.9995:
         return f"{seconds * 1e3:.3g} ms"
     if seconds < 99.95:
         return f"{seconds:.3g} s"

@@ -1,0 +1,225 @@
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import launch_ranks as ranks
+import psutil
+import pytest
+import torch
+
+from turbopump.core.errors import CheckpointError, ConfigError, RankError, UsageError
+from turbopump.launch.local import cores_per_rank, launch_local
+from turbopump.launch.watch import Watch, last_lines
+from turbopump.launch.worker import Job
+
+HERE = Path(__file__).parent
+
+
+def own_children() -> list[psutil.Process]:
+    """Living children of this process but the resource tracker, which multiprocessing keeps for good."""
+    children = psutil.Process().children(recursive=True)
+    return [c for c in children if c.status() != "zombie" and "resource_tracker" not in " ".join(c.cmdline())]
+
+
+def wait_for(condition: Callable[[], bool], what: str, limit_s: float = 60.0) -> None:
+    end = time.monotonic() + limit_s
+    while not condition():
+        assert time.monotonic() < end, f"{what} did not happen"
+        time.sleep(0.02)
+
+
+def read(path: Path) -> object:
+    return json.loads(path.read_text())
+
+
+def start(function: str, folder: Path) -> tuple[subprocess.Popen[str], list[int]]:
+    """A launcher in a session of its own (as a terminal's), its two ranks running; their pids."""
+    launcher = subprocess.Popen(
+        [sys.executable, str(HERE / "launch_start.py"), function, str(folder)],
+        stdout=subprocess.PIPE, text=True, start_new_session=True,
+    )  # fmt: skip
+    wait_for(lambda: (folder / "pid0").exists() and (folder / "pid1").exists(), "the start of both ranks")
+    return launcher, [int(str(read(folder / f"pid{rank}"))) for rank in range(2)]
+
+
+def test_healthy_ranks(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    handlers = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR2)]
+    environment = dict(os.environ)
+    weight = torch.nn.Linear(2, 2)
+    before = weight.weight[0, 0].item()
+    launch_local(ranks.describe, (tmp_path, weight), num_processes=2, log_dir=tmp_path / "logs")
+    told = [read(tmp_path / f"rank{rank}") for rank in range(2)]
+    for rank, state in enumerate(told):
+        assert isinstance(state, dict)
+        assert state["sum"] == [1.0, 2.0] and state["tensor"] == [3.0, 3.0, 3.0] and state["world_size"] == 2
+        assert state["any"] == [True, False]
+        assert state["threads"] == int(state["omp"]) == cores_per_rank(2)
+        assert state["weight"] == pytest.approx(before + rank), "the ranks share the memory of an argument"
+        assert state["listeners"] and set(state["listeners"]) <= {"127.0.0.1", "::1"}
+        assert state["group"], "a rank must leave the terminal's process group"
+    assert weight.weight[0, 0].item() == before
+    out, err = capfd.readouterr()
+    assert "out of rank 0" in out and "err of rank 0" in err and "rank 1" not in out + err
+    assert (tmp_path / "logs" / "rank1.log").read_text() == "out of rank 1\nerr of rank 1\n"
+    assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR2)] == handlers
+    assert dict(os.environ) == environment
+    assert own_children() == []
+
+
+def test_one_process_runs_here(tmp_path: Path) -> None:
+    calls = []
+    launch_local(lambda value: calls.append((value, os.getpid())), ("x",), num_processes=1)
+    assert calls == [("x", os.getpid())]
+
+
+def test_typed_error_passes_through(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(ConfigError) as caught:
+        launch_local(ranks.fail, ("typed",), num_processes=2, log_dir=tmp_path)
+    assert str(caught.value) == "recipe.toml: 1 problem\n  model.num_layers: -1 given; must be at least 1"
+    assert caught.value.exit_code == 2 and list(caught.value.problems) == [
+        "model.num_layers: -1 given; must be at least 1"
+    ]
+    assert "raised on rank 1" in caught.value.__notes__[0] and "Traceback" in caught.value.__notes__[0]
+    assert "Traceback" not in "".join(capfd.readouterr())
+    assert own_children() == []
+
+
+@pytest.mark.parametrize(
+    ("how", "expected"),
+    [
+        ("foreign", "rank 1 failed: ValueError: seven is no colour"),
+        ("killed", "rank 1 was killed by SIGKILL"),
+        ("crash", "rank 1 was killed by SIGSEGV (a crash in compiled code): Fatal Python error: Segmentation fault at"),
+        ("exit", "rank 1 ended with exit code 7 before its work was done: giving up now"),
+    ],
+)
+def test_a_rank_that_fails_is_named(how: str, expected: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(RankError) as caught:
+        launch_local(ranks.fail, (how,), num_processes=2, log_dir=tmp_path)
+    first, second = str(caught.value).splitlines()
+    assert first.startswith(expected)
+    assert str(tmp_path / "rank1.log") in second
+    assert "Traceback" not in "".join(capfd.readouterr())
+    assert own_children() == []
+
+
+def test_exit_code_zero_is_success(tmp_path: Path) -> None:
+    """The agent alone waits for ever for the result of a rank that calls sys.exit(0)."""
+    launch_local(ranks.fail, ("sys.exit(0)",), num_processes=2, log_dir=tmp_path)
+
+
+def test_deaf_ranks_are_ended_after_a_death_and_by_a_second_signal(tmp_path: Path) -> None:
+    launcher, pids = start("deaf", tmp_path)
+    os.kill(pids[1], signal.SIGKILL)
+    out, _ = launcher.communicate(timeout=20)  # far less than torch's grace of 30 s
+    assert out.startswith("error: RankError: rank 1 was killed by SIGKILL") and launcher.returncode == 1
+    assert not any(psutil.pid_exists(pid) for pid in pids)
+
+    for rank in range(2):
+        (tmp_path / f"pid{rank}").unlink()
+    launcher, pids = start("deaf", tmp_path)
+    launcher.send_signal(signal.SIGINT)
+    time.sleep(1)
+    assert launcher.poll() is None and all(psutil.pid_exists(pid) for pid in pids)
+    launcher.send_signal(signal.SIGINT)
+    out, _ = launcher.communicate(timeout=20)
+    assert "Interrupted: killed at once by a second signal" in out and launcher.returncode == 130
+    assert not any(psutil.pid_exists(pid) for pid in pids)
+
+
+def test_sigterm_is_passed_on_and_waited_for(tmp_path: Path) -> None:
+    launcher, _ = start("forever", tmp_path)
+    launcher.terminate()
+    out, _ = launcher.communicate(timeout=60)
+    assert out == "error: Interrupted: stopped by SIGTERM, checkpoint written\n" and launcher.returncode == 143
+    assert [read(tmp_path / f"stopped{rank}") for rank in range(2)] == [[signal.SIGTERM]] * 2
+
+
+def test_ctrl_c_at_the_terminal_reaches_each_rank_once(tmp_path: Path) -> None:
+    launcher, _ = start("forever", tmp_path)
+    os.killpg(launcher.pid, signal.SIGINT)  # what a terminal does
+    out, _ = launcher.communicate(timeout=60)
+    assert out == "error: Interrupted: stopped by SIGINT, checkpoint written\n" and launcher.returncode == 130
+    assert [read(tmp_path / f"stopped{rank}") for rank in range(2)] == [[signal.SIGINT]] * 2
+
+
+def test_ctrl_c_while_ranks_start(tmp_path: Path) -> None:
+    launcher = subprocess.Popen(
+        [sys.executable, str(HERE / "launch_start.py"), "forever", str(tmp_path)],
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True,
+    )  # fmt: skip
+    wait_for(lambda: sum("spawn_main" in " ".join(c.cmdline()) for c in psutil.Process(launcher.pid).children()) == 2,
+             "spawning")  # fmt: skip
+    os.killpg(launcher.pid, signal.SIGINT)
+    out, err = launcher.communicate(timeout=60)
+    assert out == "error: Interrupted: stopped by SIGINT before the ranks had started\n" and launcher.returncode == 130
+    assert "Traceback" not in err
+
+
+def test_killed_launcher_leaves_no_orphan(tmp_path: Path) -> None:
+    launcher, pids = start("deaf", tmp_path)
+    launcher.kill()
+    launcher.communicate()
+    wait_for(lambda: not any(psutil.pid_exists(pid) for pid in pids), "the end of both ranks", limit_s=2.0)
+
+
+def test_what_cannot_be_sent_is_a_usage_error(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match=r"cannot be sent.*top level of a module.*num_processes=1"):
+        launch_local(ranks.fail, (lambda: 0,), num_processes=2)
+    with pytest.raises(UsageError, match=r"num_processes \(0\)"):
+        launch_local(ranks.fail, (), num_processes=0)
+
+
+def test_a_script_without_a_guard_is_told(tmp_path: Path) -> None:
+    command = [sys.executable, str(HERE / "launch_unguarded.py")]
+    done = subprocess.run(command, check=False, capture_output=True, text=True, timeout=60)
+    assert done.stdout.startswith("error: UsageError: put the call that starts the run under `if __name__")
+    assert "Traceback" not in done.stderr
+
+
+def test_errors_of_all_ranks_and_temporary_logs() -> None:
+    with pytest.raises(CheckpointError, match="no space left on the device"):
+        launch_local(ranks.fail_everywhere, (), num_processes=2)
+
+
+@pytest.mark.slow
+def test_thirty_clean_exits(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """A group that is never destroyed aborts at exit about one time in six."""
+    for attempt in range(30):
+        launch_local(ranks.leave_group_open, (tmp_path,), num_processes=2, log_dir=tmp_path)
+        for rank in range(2):
+            (tmp_path / f"done{rank}").unlink()
+        said = "".join(capfd.readouterr()) + (tmp_path / "rank1.log").read_text()
+        assert "terminate called" not in said and not said.strip(), f"launch {attempt}: {said}"
+
+
+def test_start_that_takes_too_long(tmp_path: Path) -> None:
+    with pytest.raises(RankError, match=r"rank 0, 1 did not start within launch.timeout_s \(0.1 s\)"):
+        launch_local(ranks.fail_everywhere, (), num_processes=2, timeout_s=0.1, log_dir=tmp_path)
+    assert own_children() == []
+
+
+def test_done_ranks_are_success_whatever_their_exit_code(tmp_path: Path) -> None:
+    job = Job(None, tmp_path, tmp_path, 1, os.getpid(), "lo")
+    for rank in range(2):
+        job.outcome(rank).write_text('{"kind": "done"}')
+    watch = Watch(job, 2, 60.0)
+    watch.pids = {rank: subprocess.Popen([sys.executable, "-c", "import os; os.abort()"]).pid for rank in range(2)}
+    wait_for(watch.is_over, "the end")
+    watch.verdict()
+
+
+def test_last_lines(tmp_path: Path) -> None:
+    log = tmp_path / "rank1.log"
+    log.write_text("an earlier run\n")
+    start_bytes = log.stat().st_size
+    assert last_lines(log, start_bytes) == "" and last_lines(tmp_path / "none", 0) == ""
+    log.write_text('an earlier run\nhello\nFatal Python error: Aborted\n\nThread 1:\n  File "a.py", line 3 in f\n\n')
+    assert last_lines(log, start_bytes) == 'Fatal Python error: Aborted at File "a.py", line 3 in f'

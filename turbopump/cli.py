@@ -1,0 +1,302 @@
+"""The command line: verbs with their options; each calls the function of its name. Imports no torch."""
+
+from __future__ import annotations
+
+import sys
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Literal
+
+from cyclopts import App, CycloptsError, Parameter
+
+from turbopump.core.errors import TurbopumpError, UsageError
+from turbopump.core.units import human_bytes, human_seconds
+from turbopump.core.version import VERSION
+
+if TYPE_CHECKING:
+    from turbopump.pack import PackProgress
+
+app = App(
+    name="turbopump",
+    version=VERSION,
+    help="Train deep-learning models near the limit of the hardware, and account for every second.",
+    help_format="plaintext",
+    help_epilogue="Add --debug to any command for the traceback of an error. `turbopump VERB --help` shows examples.",
+    result_action="return_value",
+)
+
+Flag = Annotated[bool, Parameter(negative=(), show_default=False)]
+
+
+@app.command
+def train(
+    recipe: Path,
+    /,
+    *overrides: str,
+    run: Path | None = None,
+    start_from: Annotated[str | None, Parameter(name="--from")] = None,
+    model: str | None = None,
+    dataset: str | None = None,
+    evaluation_dataset: str | None = None,
+    loss: str | None = None,
+    dry_run: Flag = False,
+    verify_resume: Flag = False,
+    quiet: Flag = False,
+) -> None:
+    """Train a recipe; go on where it stopped if its run directory exists.
+
+    Examples:
+
+        turbopump train recipes/lm-stdlib.toml
+        turbopump train recipes/lm-stdlib.toml num_steps=500 model.num_layers=8 name=deeper
+        turbopump train recipes/lm-stdlib.toml --dry-run
+        turbopump train recipes/convnet-digits.toml launch.num_processes=2
+        turbopump train recipes/lm-stdlib.toml name=tuned --from runs/demo@400
+        turbopump train my.toml --model my_package:build --dataset my_package:data --loss my_package:loss
+
+    Parameters
+    ----------
+    recipe
+        A TOML file; ready ones are in recipes/, all settings in docs/recipe.md.
+    overrides
+        Settings that replace the recipe's, by dotted path: optimizer.lr=1e-3
+    run
+        The run directory; default runs/<name>.
+    start_from
+        Start a new run from the weights of RUN, RUN@STEP, a checkpoint or a safetensors file.
+    model
+        module:function that returns a torch module, in place of the recipe's [model].
+    dataset
+        module:function that returns a map-style dataset, in place of the recipe's [data].
+    evaluation_dataset
+        module:function that returns a held-out dataset for a live --dataset.
+    loss
+        module:function: loss(model, batch) -> mean over the batch, for a live --model.
+    dry_run
+        Print the resolved configuration, sizes, FLOPs and a memory estimate; train nothing.
+    verify_resume
+        Prove that this recipe resumes exactly: kill it, resume it, compare bit by bit.
+    quiet
+        Print nothing while training.
+    """
+    from turbopump import train as verb
+
+    live = {"model": model, "dataset": dataset, "evaluation_dataset": evaluation_dataset, "loss": loss}
+    if dry_run:
+        print(verb.dry_run(recipe, overrides=overrides, live=live))
+    elif verify_resume:
+        verb.verify_resume(recipe, overrides=overrides, live=live)
+    else:
+        verb.train_from_command_line(
+            recipe, overrides=overrides, live=live, run=run, start_from=start_from, quiet=quiet
+        )
+
+
+@app.command
+def evaluate(
+    run: Path,
+    /,
+    *,
+    step: int | None = None,
+    split: str | None = None,
+    max_samples: int = 0,
+    sample: str | None = None,
+    num_tokens: int = 200,
+    temperature: float = 0.8,
+    top_k: int = 50,
+    seed: int = 0,
+    json: Flag = False,
+) -> None:
+    """Metrics of a run or checkpoint on held-out data; samples of a language model.
+
+    Examples:
+
+        turbopump evaluate runs/demo
+        turbopump evaluate runs/demo --step 400 --split train --max-samples 500
+        turbopump evaluate runs/demo --sample "def main(" --num-tokens 300
+
+    Parameters
+    ----------
+    run
+        A run directory.
+    step
+        The checkpoint of this step; default the best by evaluation loss, or else the newest.
+    split
+        The split to evaluate; default the recipe's evaluation.split.
+    max_samples
+        Samples to read at most; 0 reads all.
+    sample
+        Write on from this text instead of evaluating.
+    num_tokens
+        Tokens to write.
+    temperature
+        0 takes the likeliest token; higher is bolder.
+    top_k
+        Draw among this many likeliest tokens; 0 among all.
+    seed
+        Seed of the draw.
+    json
+        Print JSON.
+    """
+    from turbopump import evaluate as verb
+
+    if sample is not None:
+        text = verb.sample(run, prompt=sample, step=step, num_tokens=num_tokens, temperature=temperature, top_k=top_k,
+                           seed=seed)  # fmt: skip
+        print(text)
+        return
+    result = verb.evaluate(run, step=step, split=split, max_samples=max_samples)
+    print(verb.format_result(result, as_json=json))
+
+
+@app.command
+def pack(
+    *paths: str,
+    tokenizer: Literal["bytes", "bpe"] = "bytes",
+    vocab_size: int = 4096,
+    validation: float = 0.05,
+    include: Annotated[tuple[str, ...], Parameter(negative=(), consume_multiple=True)] = (),
+    num_processes: int = 0,
+    overwrite: Flag = False,
+) -> None:
+    """Pack text files or arrays into a sharded, checksummed, random-access dataset: SOURCE... DEST
+
+    Examples:
+
+        turbopump pack stdlib datasets/stdlib --tokenizer bpe --vocab-size 4096
+        turbopump pack my_texts/ more/*.md datasets/mine --include "*.md" --include "*.txt"
+        turbopump pack images.npz datasets/images
+
+    Parameters
+    ----------
+    paths
+        Sources (files, folders, .npy/.npz, or `stdlib`: the Python standard library's own sources), then the
+        directory to write.
+    tokenizer
+        bytes (256 tokens) or bpe (byte-level sub-words, trained on the training split).
+    vocab_size
+        Tokens of a bpe vocabulary.
+    validation
+        Share of the files held out, chosen by a hash of their names.
+    include
+        Files to take from folders, e.g. "*.md"; default all text.
+    num_processes
+        Processes that encode; 0 takes one per core. The result is the same for any number.
+    overwrite
+        Replace DEST if it exists.
+    """
+    from turbopump.pack import pack as verb
+
+    if len(paths) < 2:
+        raise UsageError("pack needs a source and a destination: turbopump pack stdlib datasets/stdlib")
+    *sources, destination = paths
+    begin = time.monotonic()
+    manifest = verb(
+        sources, destination, tokenizer=tokenizer, vocab_size=vocab_size, validation=validation, include=include,
+        num_processes=num_processes or None, overwrite=overwrite, progress=_PackLine(),
+    )  # fmt: skip
+    print(f"packed {manifest.rows:,} rows, {human_bytes(manifest.bytes)}, into {destination} in "
+          f"{human_seconds(time.monotonic() - begin)}; next: turbopump inspect {destination}")  # fmt: skip
+
+
+class _PackLine:
+    """Progress of pack: one line rewritten on a terminal, a plain line every few seconds elsewhere."""
+
+    PLAIN_EVERY_S = 5.0
+
+    def __init__(self) -> None:
+        self._terminal = sys.stdout.isatty()
+        self._shown_s = 0.0
+
+    def __call__(self, progress: PackProgress) -> None:
+        if progress.elapsed_s - self._shown_s < (0.2 if self._terminal else self.PLAIN_EVERY_S):
+            return
+        self._shown_s = progress.elapsed_s
+        left = f", {human_seconds(progress.left_s)} left" if progress.left_s is not None else ""
+        total = f" of {human_bytes(progress.total_bytes)}" if progress.total_bytes else ""
+        text = (
+            f"{progress.phase}: {human_bytes(progress.done_bytes)}{total}, {human_bytes(progress.bytes_per_s)}/s{left}"
+        )
+        print(f"\r\x1b[K{text}" if self._terminal else text, end="" if self._terminal else "\n", flush=True)
+        if self._terminal and progress.done_bytes == progress.total_bytes:
+            print("\r\x1b[K", end="", flush=True)
+
+
+@app.command
+def report(*runs: Path, output: Path | None = None, json: Flag = False) -> None:
+    """Where every second of a run went, what limits it, and what to change first: report.html and report.json.
+
+    Examples:
+
+        turbopump report runs/demo
+        turbopump report runs/a runs/b --output comparison.html
+
+    Parameters
+    ----------
+    runs
+        One run directory, or several to compare.
+    output
+        The page to write; default report.html in the (first) run directory.
+    json
+        Print report.json instead of a summary.
+    """
+    from turbopump import report as verb
+
+    if not runs:
+        raise UsageError("report needs a run directory: turbopump report runs/demo")
+    print(verb.report_from_command_line(runs, output=output, as_json=json))
+
+
+@app.command
+def inspect(path: Path, /, *, verify: Flag = False, json: Flag = False) -> None:
+    """What an artefact is: a run, checkpoint, dataset, recipe or weights file.
+
+    Examples:
+
+        turbopump inspect runs/demo
+        turbopump inspect datasets/stdlib --verify
+        turbopump inspect runs/demo/checkpoints/step-00000400
+
+    Parameters
+    ----------
+    path
+        The artefact.
+    verify
+        Check every checksum.
+    json
+        Print JSON.
+    """
+    from turbopump import inspect as verb
+
+    print(verb.inspect_from_command_line(path, verify=verify, as_json=json))
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run a command; returns the exit code: 0, 1 for a failure, 2 for wrong usage, 128 + n for a signal."""
+    tokens = list(sys.argv[1:] if arguments is None else arguments)
+    debug = "--debug" in tokens
+    tokens = [token for token in tokens if token != "--debug"]
+    try:
+        app(tokens, exit_on_error=False, print_error=False)
+        sys.stdout.flush()
+    except CycloptsError as error:
+        print(f"error: {error}\nsee: turbopump {tokens[0] if tokens else ''} --help".rstrip(), file=sys.stderr)
+        return 2
+    except TurbopumpError as error:
+        if debug:
+            raise
+        print(f"error: {error}", file=sys.stderr)
+        return error.exit_code
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
+    except BrokenPipeError:
+        sys.stdout = None  # type: ignore[assignment]  # the reader of a pipe went away: nobody is left to tell
+        return 141
+    except SystemExit as stop:
+        return int(stop.code or 0)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,256 @@
+"""What a dense operation is: descriptors with their floating-point operations and least bytes moved.
+
+Conventions, used by every workload:
+- `flops` counts matrix products and convolutions only (a multiply-add is two), as "model FLOPs" are counted in the
+  field. Everything else (norms, activations, lookups, losses, updates) moves bytes and counts 0 FLOPs.
+- Causal attention counts the pairs that must be computed, `T * (T + 1) / 2`, forward two products, backward four; a
+  kernel that computes masked pairs, or scores again in backward, does more than is counted. So a rate made of these
+  FLOPs never exceeds the hardware's (PaLM's 12*L*H*Q*T counts the whole square: twice as much).
+- A convolution counts every tap of the kernel at every output position, those on the padding included.
+- `bytes` reads each input once and writes each output once; parameters count in the operation's own dtype.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from turbopump.core.workload import DTYPE_BYTES, Op, OpCost
+
+INDEX_BYTES = 8  # torch looks tables up with int64
+
+RNN_GATES = {"gru": 3, "lstm": 4}
+
+
+@dataclass(frozen=True)
+class Gemm(Op):
+    """`C[m, n] = A[m, k] @ B[k, n]`."""
+
+    m: int
+    n: int
+    k: int
+    dtype: str
+
+    @property
+    def cost(self) -> OpCost:
+        return BatchedGemm(1, self.m, self.n, self.k, self.dtype).cost
+
+    @property
+    def gradients(self) -> tuple[Gemm, Gemm]:
+        """The two products of backward: gradient of A and gradient of B."""
+        return Gemm(self.m, self.k, self.n, self.dtype), Gemm(self.k, self.n, self.m, self.dtype)
+
+
+@dataclass(frozen=True)
+class BatchedGemm(Op):
+    """`batch` independent products `[m, k] @ [k, n]`."""
+
+    batch: int
+    m: int
+    n: int
+    k: int
+    dtype: str
+
+    @property
+    def cost(self) -> OpCost:
+        m, n, k = self.m, self.n, self.k
+        return OpCost(2.0 * m * n * k, DTYPE_BYTES[self.dtype] * float(m * k + k * n + m * n)) * self.batch
+
+
+@dataclass(frozen=True)
+class Attention(Op):
+    """`softmax(Q K^T) V` over `heads` query heads that share `kv_heads` key heads; causal ends flush right."""
+
+    batch: int
+    heads: int
+    kv_heads: int
+    q_len: int
+    kv_len: int
+    head_dim: int
+    causal: bool
+    dtype: str
+    backward: bool = False
+
+    @property
+    def pairs(self) -> int:
+        """Query-key pairs of one head that must be computed."""
+        masked = self.q_len * (self.q_len - 1) // 2 if self.causal else 0
+        return self.q_len * self.kv_len - masked
+
+    @property
+    def cost(self) -> OpCost:
+        products = 4 if self.backward else 2
+        flops = 2.0 * products * self.batch * self.heads * self.pairs * self.head_dim
+        queries = self.batch * self.heads * self.q_len * self.head_dim
+        keys = self.batch * self.kv_heads * self.kv_len * self.head_dim
+        # forward: Q, K, V read, O written; backward: Q, K, V, O, dO read, dQ, dK, dV written
+        elements = 4 * queries + 4 * keys if self.backward else 2 * queries + 2 * keys
+        return OpCost(flops, float(elements * DTYPE_BYTES[self.dtype]))
+
+
+@dataclass(frozen=True)
+class Conv2d(Op):
+    """A 2-D convolution over `[batch, in_channels, height, width]`, or one of its two gradients."""
+
+    batch: int
+    in_channels: int
+    height: int
+    width: int
+    out_channels: int
+    kernel_h: int
+    kernel_w: int
+    stride_h: int
+    stride_w: int
+    pad_h: int
+    pad_w: int
+    dtype: str
+    groups: int = 1
+    direction: Literal["forward", "input_gradient", "weight_gradient"] = "forward"
+
+    @property
+    def out_height(self) -> int:
+        return (self.height + 2 * self.pad_h - self.kernel_h) // self.stride_h + 1
+
+    @property
+    def out_width(self) -> int:
+        return (self.width + 2 * self.pad_w - self.kernel_w) // self.stride_w + 1
+
+    @property
+    def out_elements(self) -> int:
+        return self.batch * self.out_channels * self.out_height * self.out_width
+
+    @property
+    def weights(self) -> int:
+        return self.out_channels * self.in_channels // self.groups * self.kernel_h * self.kernel_w
+
+    @property
+    def cost(self) -> OpCost:
+        taps = self.in_channels // self.groups * self.kernel_h * self.kernel_w
+        in_elements = self.batch * self.in_channels * self.height * self.width
+        elements = in_elements + self.weights + self.out_elements
+        return OpCost(2.0 * self.out_elements * taps, float(elements * DTYPE_BYTES[self.dtype]))
+
+
+@dataclass(frozen=True)
+class Rnn(Op):
+    """One recurrent layer over `steps` steps; backward includes the gradients of input and weights."""
+
+    kind: Literal["gru", "lstm"]
+    batch: int
+    steps: int
+    input_size: int
+    hidden_size: int
+    bidirectional: bool
+    dtype: str
+    backward: bool = False
+
+    @property
+    def directions(self) -> int:
+        return 2 if self.bidirectional else 1
+
+    @property
+    def cost(self) -> OpCost:
+        rows, width = self.batch * self.steps, RNN_GATES[self.kind] * self.hidden_size
+        weights = width * (self.input_size + self.hidden_size)
+        forward = 2.0 * rows * weights * self.directions
+        # forward: input and weights read, output written; backward: the same and their gradients
+        states = rows * (self.input_size + self.directions * self.hidden_size) + self.directions * weights
+        times = 2 if self.backward else 1
+        return OpCost(forward * times, float(times * states * DTYPE_BYTES[self.dtype]))
+
+
+@dataclass(frozen=True)
+class Embedding(Op):
+    """Lookup of `rows` rows of a `[vocab, dim]` table; backward writes a dense gradient of the table."""
+
+    rows: int
+    vocab: int
+    dim: int
+    dtype: str
+    backward: bool = False
+
+    @property
+    def cost(self) -> OpCost:
+        written = self.vocab * self.dim if self.backward else self.rows * self.dim
+        elements = self.rows * self.dim + written
+        return OpCost(0.0, float(elements * DTYPE_BYTES[self.dtype] + self.rows * INDEX_BYTES))
+
+
+@dataclass(frozen=True)
+class Norm(Op):
+    """A normalisation of `rows` vectors of `dim` (layer, RMS) or of `dim` channels over `rows` positions (batch)."""
+
+    kind: Literal["rms", "layer", "batch"]
+    rows: int
+    dim: int
+    dtype: str
+    backward: bool = False
+
+    @property
+    def cost(self) -> OpCost:
+        elements = self.rows * self.dim * (3 if self.backward else 2)
+        return OpCost(0.0, float(elements * DTYPE_BYTES[self.dtype]))
+
+
+@dataclass(frozen=True)
+class Elementwise(Op):
+    """`name` over `elements` positions, each reading `reads` and writing `writes` values."""
+
+    name: str
+    elements: int
+    reads: int
+    writes: int
+    dtype: str
+
+    @property
+    def cost(self) -> OpCost:
+        return OpCost(0.0, float(self.elements * (self.reads + self.writes) * DTYPE_BYTES[self.dtype]))
+
+
+@dataclass(frozen=True)
+class CrossEntropy(Op):
+    """Softmax cross-entropy of `[rows, vocab]` logits against class indices; backward writes their gradient."""
+
+    rows: int
+    vocab: int
+    dtype: str
+    backward: bool = False
+
+    @property
+    def cost(self) -> OpCost:
+        elements = self.rows * self.vocab * (2 if self.backward else 1)
+        return OpCost(0.0, float(elements * DTYPE_BYTES[self.dtype] + self.rows * INDEX_BYTES))
+
+
+@dataclass(frozen=True)
+class Ctc(Op):
+    """Connectionist temporal classification (Graves 2006) of `[frames, batch, classes]` log-probabilities.
+
+    The forward and backward recursions each write `[batch, frames, 2 * labels + 1]`; always in fp32.
+    """
+
+    batch: int
+    frames: int
+    labels: int
+    classes: int
+    backward: bool = False
+
+    @property
+    def cost(self) -> OpCost:
+        lattice = self.batch * self.frames * (2 * self.labels + 1)
+        scores = self.batch * self.frames * self.classes
+        elements = 2 * lattice + 2 * scores if self.backward else lattice + scores
+        return OpCost(0.0, float(elements * DTYPE_BYTES["fp32"]))
+
+
+@dataclass(frozen=True)
+class OptimizerStep(Op):
+    """Update of `params` fp32 parameters: gradient and states read, parameters and states written."""
+
+    kind: Literal["sgd", "momentum", "adamw"]
+    params: int
+
+    @property
+    def cost(self) -> OpCost:
+        states = {"sgd": 0, "momentum": 1, "adamw": 2}[self.kind]
+        return OpCost(0.0, float(self.params * (3 + 2 * states) * DTYPE_BYTES["fp32"]))

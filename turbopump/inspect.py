@@ -1,0 +1,156 @@
+"""The verb `inspect`: what an artefact is, its schema, sizes and samples; `verify` checks every checksum. No torch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from turbopump.core.checkpoint_store import list_checkpoints, open_checkpoint, verify_checkpoint
+from turbopump.core.config import load, to_table
+from turbopump.core.errors import CorruptCheckpointError, UsageError
+from turbopump.core.files import from_json, read_json_lines, to_json
+from turbopump.core.rundir import RunDir
+from turbopump.core.spans import run_breakdown
+from turbopump.core.tensor_file import read_layout
+from turbopump.core.units import human, human_bytes, human_seconds
+from turbopump.data.describe import describe_dataset
+from turbopump.data.format import verify_dataset
+from turbopump.planner.summary import format_summary, summarize
+
+
+def inspect(path: Path | str, *, verify: bool = False) -> dict[str, Any]:
+    """Facts about the artefact at `path`, with its `kind` first; raises `UsageError` for what is none of ours and
+    `CorruptDataError` or `CorruptCheckpointError` where a checksum differs."""
+    path = Path(path)
+    if not path.exists():
+        raise UsageError(f"nothing at {path}")
+    for kind, recognises, describe in _KINDS:
+        if recognises(path):
+            return {"kind": kind, "path": str(path), **describe(path, verify)}
+    raise UsageError(
+        f"{path} is no artefact of turbopump: give a run, checkpoint or dataset directory, a recipe (.toml), "
+        f"a .safetensors file or a .json artefact"
+    )
+
+
+def _run(path: Path, verify: bool) -> dict[str, Any]:
+    rundir = RunDir(path)
+    metrics = list(read_json_lines(rundir.metrics))
+    last: dict[str, Any] = {}
+    for record in metrics:
+        last[record.get("type", "")] = record
+    checkpoints = list_checkpoints(rundir.checkpoints)
+    for checkpoint in checkpoints if verify else ():
+        _verify_checkpoint(checkpoint.path)
+    breakdown = run_breakdown(read_json_lines(rundir.spans(0)))
+    return {
+        "attempts": rundir.num_attempts(),
+        "steps": last.get("step", {}).get("step", 0),
+        "loss": last.get("step", {}).get("loss"),
+        "evaluation": {k: v for k, v in last.get("evaluation", {}).items() if k not in ("type", "epoch_s")},
+        "seconds": {name: getattr(breakdown, name) for name in breakdown.__dataclass_fields__},
+        "checkpoints": [
+            {"step": c.step, "bytes": c.num_bytes, "metrics": c.metrics, "problem": c.problem} for c in checkpoints
+        ],
+        "verified": verify or None,
+        "environment": _json(rundir.env),
+    }
+
+
+def _checkpoint(path: Path, verify: bool) -> dict[str, Any]:
+    if verify:
+        _verify_checkpoint(path)
+    stored = open_checkpoint(path)
+    tensors = {name: f"{tensor.dtype} {list(tensor.shape)}" for name, tensor in sorted(stored.tensors.items())}
+    return {"step": stored.info.step, "world_size": stored.info.world_size, "bytes": stored.info.num_bytes,
+            "values": stored.values, "metrics": stored.info.metrics, "verified": verify or None,
+            "tensors": tensors}  # fmt: skip
+
+
+def _verify_checkpoint(path: Path) -> None:
+    problems = verify_checkpoint(path)
+    if problems:
+        raise CorruptCheckpointError("; ".join(problems))
+
+
+def _dataset(path: Path, verify: bool) -> dict[str, Any]:
+    if verify:
+        verify_dataset(path)
+    return {**describe_dataset(path), "verified": verify or None}
+
+
+def _recipe(path: Path, verify: bool) -> dict[str, Any]:
+    config = load(path)
+    return {"settings": to_table(config), "sizes": format_summary(summarize(config), config).splitlines()}
+
+
+def _weights(path: Path, verify: bool) -> dict[str, Any]:
+    tensors = read_layout(path).tensors
+    return {"tensors": {name: f"{entry.dtype} {list(entry.shape)}" for name, entry in sorted(tensors.items())}}
+
+
+def _json(path: Path, verify: bool = False) -> dict[str, Any]:
+    try:
+        value = from_json(path.read_bytes())
+    except (OSError, ValueError):
+        return {}
+    return value if isinstance(value, dict) else {}
+
+
+_KINDS: tuple[tuple[str, Callable[[Path], bool], Callable[[Path, bool], dict[str, Any]]], ...] = (
+    ("run", lambda p: (p / "config.toml").exists(), _run),
+    ("checkpoint", lambda p: (p / "index.json").exists(), _checkpoint),
+    ("dataset", lambda p: (p / "manifest.json").exists(), _dataset),
+    ("recipe", lambda p: p.suffix == ".toml", _recipe),
+    ("weights", lambda p: p.suffix == ".safetensors", _weights),
+    ("json", lambda p: p.suffix == ".json", _json),
+)
+
+_SECONDS = ("s", "seconds")
+
+
+def format_facts(facts: Mapping[str, Any], indent: int = 0) -> str:
+    """Facts as indented lines: bytes and seconds in people's units, long lists cut with their length said."""
+    lines: list[str] = []
+    pad = "  " * indent
+    for name, value in facts.items():
+        if value is None or value == {} or value == []:
+            continue
+        label = f"{pad}{name.replace('_', ' ')}"
+        if isinstance(value, Mapping):
+            if name == "seconds":
+                value = {k: human_seconds(v) for k, v in value.items()}
+            shown = dict(list(value.items())[:40])
+            lines += [label, format_facts(shown, indent + 1)]
+            if len(value) > len(shown):
+                lines.append(f"{pad}  ... and {len(value) - len(shown)} more (all with --json)")
+        elif isinstance(value, (list, tuple)):
+            lines.append(label)
+            lines += [f"{pad}  {_one_line(item)}" for item in value[:40]]
+            if len(value) > 40:
+                lines.append(f"{pad}  ... and {len(value) - 40} more (all with --json)")
+        else:
+            lines.append(f"{label:<24} {_readable(name, value)}")
+    return "\n".join(line for line in lines if line)
+
+
+def _one_line(item: Any) -> str:
+    if isinstance(item, Mapping):
+        return "  ".join(f"{key} {_readable(key, value)}" for key, value in item.items() if value is not None)
+    return str(item)
+
+
+def _readable(name: str, value: Any) -> str:
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        return _one_line(value) if isinstance(value, Mapping) else str(value)
+    if name.endswith("bytes"):
+        return human_bytes(value)
+    if name.endswith("_s") and not name.endswith("per_s"):
+        return human_seconds(value)
+    return human(value, digits=4) if isinstance(value, float) else f"{value:,}"
+
+
+def inspect_from_command_line(path: Path, *, verify: bool, as_json: bool) -> str:
+    facts = inspect(path, verify=verify)
+    return to_json(facts, indent=True).decode().rstrip() if as_json else format_facts(facts)

@@ -1,0 +1,218 @@
+"""The verb `train`: a recipe, or a live module with dataset and loss, becomes a run directory.
+
+    from turbopump.train import train
+    train("recipes/convnet-digits.toml", overrides=["num_steps=100"])
+    train(model, dataset, loss=lambda model, batch: F.mse_loss(model(batch[0]), batch[1]), num_steps=100)
+
+One process trains here; several are started by launch, or are already there (torchrun and the like).
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from turbopump.core import plugins
+from turbopump.core.config import Config, apply_override, load, parse, validate
+from turbopump.core.errors import UsageError
+from turbopump.core.rundir import RunDir
+from turbopump.hardware.detect import process_age_s
+
+if TYPE_CHECKING:
+    from turbopump.training.loop import Job, TrainResult
+
+
+def train(
+    recipe: Any,
+    dataset: Any = None,
+    *,
+    model: Any = None,
+    loss: Callable[..., Any] | None = None,
+    evaluation_dataset: Any = None,
+    weight: Callable[[Any], int] | None = None,
+    metrics: Callable[..., dict[str, tuple[float, float]]] | None = None,
+    optimizer: Callable[..., Any] | Mapping[str, Any] | None = None,
+    overrides: Sequence[str] = (),
+    run: Path | str | None = None,
+    start_from: Path | str | None = None,
+    hooks: Sequence[Callable[..., None]] = (),
+    loggers: Sequence[Any] = (),
+    quiet: bool = False,
+    began_before_s: float = 0.0,
+    **settings: Any,
+) -> TrainResult:
+    """Train and return where the run is, its evaluations and the trained module.
+
+    `recipe` is a path, a Config, or a live `nn.Module` (which is trained in place; `model` replaces that of a recipe
+    at a path). With a live module: `dataset` is
+    a map-style dataset, `loss(model, batch)` the mean over a batch (over its `weight(batch)` valid units, by default
+    its samples), `metrics(model, batch)` maps names to (sum, count), and `optimizer` may be `lambda parameters: ...`.
+    `settings` are those of a recipe: `num_steps=100, global_batch=32, schedule={"kind": "constant"}`. `hooks` are
+    called with the TrainState after every step, `loggers` see every record. `start_from` is RUN, RUN@STEP, a
+    checkpoint or a safetensors file. An existing run directory is gone on with.
+    Raises ConfigError, ResumeError, DatasetError, CheckpointError, NonFiniteError, OutOfMemoryError, RankError.
+    """
+    from turbopump.training.loop import Job, Live
+
+    make_optimizer = optimizer if callable(optimizer) else None
+    if isinstance(optimizer, Mapping):
+        settings["optimizer"] = dict(optimizer)
+    model = model if isinstance(recipe, (str, os.PathLike, Config)) else recipe
+    live = Live(model, dataset, evaluation_dataset, loss, weight, metrics, make_optimizer)
+    config = _resolve(recipe, live, overrides, settings)
+    path = Path(run) if run is not None else Path("runs") / config.name
+    job = Job(
+        config=config, path=path, live=live, quiet=quiet, hooks=tuple(hooks), loggers=tuple(loggers),
+        start_from=None if start_from is None else find_weights(str(start_from)), began_before_s=began_before_s,
+    )  # fmt: skip
+    return _run(job)
+
+
+def _resolve(recipe: Any, live: Any, overrides: Sequence[str], settings: Mapping[str, Any]) -> Config:
+    """The Config of what `train` was given, with live objects named in it."""
+    if isinstance(recipe, (str, os.PathLike)):
+        table_overrides = [*overrides, *(f"{key}={_as_toml(value)}" for key, value in settings.items())]
+        config = load(Path(recipe), table_overrides, live=_live_tables(live))
+        return config
+    if isinstance(recipe, Config):
+        if overrides or settings:
+            raise UsageError("a Config takes no overrides: use dataclasses.replace, or give the recipe's path")
+        return validate(recipe)
+    table: dict[str, Any] = {"name": type(recipe).__name__.lower(), **settings, **_live_tables(live)}
+    for override in overrides:
+        apply_override(table, override)
+    return parse(table, where="train")
+
+
+def _as_toml(value: Any) -> str:
+    from turbopump.core.config import to_toml
+
+    return to_toml({"v": value}).partition("=")[2].strip()
+
+
+def _live_tables(live: Any) -> dict[str, Any]:
+    tables = {}
+    if live.model is not None:
+        tables["model"] = {"kind": "live", "reference": _name_of(live.model)}
+    if live.dataset is not None:
+        tables["data"] = {"kind": "live", "reference": _name_of(live.dataset)}
+    return tables
+
+
+def _name_of(value: Any) -> str:
+    return f"{type(value).__module__}.{type(value).__qualname__}"
+
+
+def _run(job: Job) -> TrainResult:
+    """In this process, or in several on this host."""
+    from turbopump.training.loop import run_training
+    from turbopump.training.prepare import prepare_run_directory
+
+    if "RANK" in os.environ and "WORLD_SIZE" in os.environ:  # a launcher has started this rank already
+        if int(os.environ["RANK"]) == 0:
+            prepare_run_directory(job.config, RunDir(job.path))
+        return run_training(job)
+    prepare_run_directory(job.config, RunDir(job.path))
+    num_processes = job.config.launch.num_processes or _num_devices(job.config)
+    if num_processes == 1:
+        return run_training(job)
+    return _run_ranks(job, num_processes)
+
+
+def _run_ranks(job: Job, num_processes: int) -> TrainResult:
+    from turbopump.core.checkpoint_store import latest
+    from turbopump.core.files import read_json_lines
+    from turbopump.launch.local import launch_local
+    from turbopump.training.checkpoint import read_weights
+    from turbopump.training.loop import TrainResult, run_rank
+    from turbopump.training.state import load_model
+
+    rundir, launch = RunDir(job.path), job.config.launch
+    launch_local(run_rank, (job,), num_processes=num_processes, threads=launch.threads, timeout_s=launch.timeout_s,
+                 log_dir=rundir.logs)  # fmt: skip
+    if job.live.model is not None:
+        newest = latest(rundir.checkpoints)
+        if newest is not None:
+            load_model(job.live.model, read_weights(newest))
+    evaluations = tuple(r for r in read_json_lines(rundir.metrics) if r.get("type") == "evaluation")
+    return TrainResult(job.path, job.config.num_steps, evaluations, job.live.model)
+
+
+def _num_devices(config: Config) -> int:
+    """One process a GPU, or one on CPU."""
+    if config.launch.device == "cpu":
+        return 1
+    import torch
+
+    return max(1, torch.cuda.device_count())
+
+
+def find_weights(reference: str) -> Path:
+    """The checkpoint or weights file that RUN, RUN@STEP or a path names; raises `UsageError`."""
+    from turbopump.core.checkpoint_store import latest, list_checkpoints
+
+    name, _, step = reference.rpartition("@") if "@" in reference else (reference, "", "")
+    path = Path(name)
+    if (path / "checkpoints").is_dir():
+        if not step:
+            newest = latest(path / "checkpoints")
+            if newest is None:
+                raise UsageError(f"{path} has no checkpoint yet")
+            return newest
+        for checkpoint in list_checkpoints(path / "checkpoints"):
+            if str(checkpoint.step) == step:
+                return Path(checkpoint.path)
+        steps = ", ".join(str(c.step) for c in list_checkpoints(path / "checkpoints")) or "none"
+        raise UsageError(f"{path} has no checkpoint of step {step} (there: {steps})")
+    if not path.exists():
+        raise UsageError(f"no run, checkpoint or weights file at {reference}")
+    return path
+
+
+# ---- the command line's forms
+
+
+def live_from_references(references: Mapping[str, str | None]) -> dict[str, Any]:
+    """Objects that `module:function` references name; functions for `model` and datasets are called."""
+    import sys
+
+    if any(references.values()) and "" not in sys.path:
+        sys.path.insert(0, "")  # a module beside the recipe, as `python -m` would find it
+    found = {name: plugins.load_function(text) for name, text in references.items() if text}
+    return {name: value() if name != "loss" else value for name, value in found.items()}
+
+
+def train_from_command_line(
+    recipe: Path,
+    *,
+    overrides: Sequence[str],
+    live: Mapping[str, str | None],
+    run: Path | None,
+    start_from: str | None,
+    quiet: bool,
+) -> None:
+    result = train(recipe, overrides=overrides, run=run, start_from=start_from, quiet=quiet,
+                   began_before_s=process_age_s(), **live_from_references(live))  # fmt: skip
+    if not quiet:
+        print(f"trained {result.step} steps; run directory {result.path}; next: turbopump report {result.path}")
+
+
+def dry_run(recipe: Path, *, overrides: Sequence[str] = (), live: Mapping[str, str | None] | None = None) -> str:
+    """The resolved configuration, sizes, FLOPs and memory estimate, as text; reads no data."""
+    from turbopump.core.config import dumps
+    from turbopump.planner.summary import format_summary, summarize
+    from turbopump.training.loop import Live
+
+    objects = Live(**live_from_references(live or {}))
+    config = load(recipe, overrides, live=_live_tables(objects))
+    return dumps(config) + "\n" + format_summary(summarize(config), config)
+
+
+def verify_resume(recipe: Path, *, overrides: Sequence[str] = (), live: Mapping[str, str | None] | None = None) -> None:
+    """Kill the recipe's run, resume it, compare it bit by bit with one never stopped; raises where they differ."""
+    from turbopump.launch.verify_resume import verify_resume as verify
+
+    options = [part for name, text in (live or {}).items() if text for part in (f"--{name.replace('_', '-')}", text)]
+    print(verify(recipe, list(overrides), options))
