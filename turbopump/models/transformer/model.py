@@ -67,7 +67,7 @@ class Attention(nn.Module):
 def attend(q_BTHE: Tensor, k_BSKE: Tensor, v_BSKE: Tensor) -> Tensor:
     """Causal attention of the last T of S positions, [B, T, H, E].
 
-    On CPU, PyTorch's kernel takes twice the time of our blocks (1.3 times in fp32), so it serves other devices.
+    On CPU, PyTorch's kernel takes 1.8 times the time of our blocks in bf16 (the same in fp32): it serves other devices.
     """
     T, S = q_BTHE.shape[1], k_BSKE.shape[1]
     if q_BTHE.device.type == "cpu" and T == S:
