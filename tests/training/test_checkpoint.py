@@ -259,3 +259,12 @@ def test_wrong_weights_are_named(tmp_path):
     (tmp_path / "old.pt").write_bytes(b"PK\x03\x04 not this format")
     with pytest.raises(CorruptCheckpointError, match="not a safetensors file"):
         read_weights(tmp_path / "old.pt")
+
+
+def test_closing_gives_the_buffer_back_and_does_no_harm_twice(tmp_path):
+    checkpoints = open_run(tmp_path)
+    checkpoints.save(State(step=1))
+    checkpoints.close()
+    checkpoints.close()
+    checkpoints.save(State(step=2), wait=True)
+    assert [i.step for i in list_checkpoints(tmp_path)] == [1, 2]

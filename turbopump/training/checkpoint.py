@@ -222,7 +222,7 @@ class Checkpoints:
             self._land()
             self._time_is_due.withdraw()
         finally:
-            self._image = torch.empty(0, dtype=torch.uint8)
+            self._share, self._image = None, torch.empty(0, dtype=torch.uint8)
 
     def _land(self) -> None:
         flight = self._flight
