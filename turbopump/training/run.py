@@ -221,6 +221,8 @@ class Run:
 
     def _install_signals(self) -> None:
         def handle(number: int, _: FrameType | None) -> None:
+            if self._signal and self.world_size > 1:
+                return  # whoever launched the ranks ends them at the second signal; it may reach a rank twice
             if self._signal:
                 signal.signal(number, signal.SIG_DFL)
                 signal.raise_signal(number)
