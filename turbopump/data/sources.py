@@ -133,6 +133,16 @@ class TokensSource:
     def decode(self, ids: Sequence[int] | np.ndarray) -> str:
         return self.tokenizer.decode(ids)
 
+    def text(self) -> bytes:
+        """The whole text of the split in UTF-8, documents end to end: what a compressor would be given."""
+        parts = []
+        for shard in range(len(self._bounds) - 1):
+            column = self._dataset.column(self._split, shard)
+            if len(column.values):
+                column.check_rows(np.array([0]), np.array([len(column.values) - 1]))
+            parts.append(column.values[column.values != self.tokenizer.separator])
+        return self.tokenizer.decode(np.concatenate(parts)).encode()
+
     def __reduce__(self) -> tuple[Any, ...]:  # a memory map does not travel: the other process opens its own
         return TokensSource, (self._config, self._split)
 
