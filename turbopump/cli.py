@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import os
+import signal
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
 from cyclopts import App, CycloptsError, Parameter
 
 from turbopump.core.errors import TurbopumpError, UsageError
-from turbopump.core.units import human_bytes, human_seconds
+from turbopump.core.units import human_bytes, human_seconds, printable
 from turbopump.core.version import VERSION
 
 if TYPE_CHECKING:
@@ -48,11 +51,11 @@ def train(
     Examples:
 
         turbopump train recipes/lm-stdlib.toml
-        turbopump train recipes/lm-stdlib.toml num_steps=500 model.num_layers=8 name=deeper
+        turbopump train recipes/lm-stdlib.toml num_steps=500 name=shorter
         turbopump train recipes/lm-stdlib.toml --dry-run
         turbopump train recipes/convnet-digits.toml launch.num_processes=2
         turbopump train recipes/lm-stdlib.toml name=tuned --from runs/demo@400
-        turbopump train my.toml --model my_package:build --dataset my_package:data --loss my_package:loss
+        turbopump train my.toml --model mine:build --dataset mine:data --loss mine:loss
 
     Parameters
     ----------
@@ -143,7 +146,7 @@ def evaluate(
     if sample is not None:
         text = verb.sample(run, prompt=sample, step=step, num_tokens=num_tokens, temperature=temperature, top_k=top_k,
                            seed=seed)  # fmt: skip
-        print(text)
+        print(printable(text))
         return
     result = verb.evaluate(run, step=step, split=split, max_samples=max_samples)
     print(verb.format_result(result, as_json=json))
@@ -164,7 +167,7 @@ def pack(
     Examples:
 
         turbopump pack stdlib datasets/stdlib --tokenizer bpe --vocab-size 4096
-        turbopump pack my_texts/ more/*.md datasets/mine --include "*.md" --include "*.txt"
+        turbopump pack my_texts/ more/*.md datasets/mine --include "*.md" "*.txt"
         turbopump pack images.npz datasets/images
 
     Parameters
@@ -280,22 +283,48 @@ def main(arguments: list[str] | None = None) -> int:
         app(tokens, exit_on_error=False, print_error=False)
         sys.stdout.flush()
     except CycloptsError as error:
-        print(f"error: {error}\nsee: turbopump {tokens[0] if tokens else ''} --help".rstrip(), file=sys.stderr)
-        return 2
+        verb = f" {tokens[0]}" if tokens and tokens[0] in VERBS else ""
+        return _fail(f"{error}\nsee: turbopump{verb} --help", UsageError.exit_code)
+    except BrokenPipeError:
+        return _nobody_reads()
+    except KeyboardInterrupt:
+        return _fail("interrupted", 130)
+    except SystemExit as stop:  # a user's own module may call it, with a text too
+        return stop.code if isinstance(stop.code, int) else _fail(str(stop.code), 1) if stop.code else 0
     except TurbopumpError as error:
         if debug:
             raise
-        print(f"error: {error}", file=sys.stderr)
-        return error.exit_code
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        return 130
-    except BrokenPipeError:
-        sys.stdout = None  # type: ignore[assignment]  # the reader of a pipe went away: nobody is left to tell
-        return 141
-    except SystemExit as stop:
-        return int(stop.code or 0)
+        return _fail(str(error), error.exit_code)
+    except Exception as error:
+        if debug:
+            raise
+        return _fail(_unexpected(error), 1)
     return 0
+
+
+VERBS = ("train", "evaluate", "pack", "report", "inspect")
+
+
+def _fail(message: str, exit_code: int) -> int:
+    """Say on stderr why the command ended."""
+    with suppress(OSError, ValueError):
+        sys.stdout.flush()
+    with suppress(OSError):
+        print(f"error: {printable(message)}", file=sys.stderr)
+    return exit_code
+
+
+def _unexpected(error: Exception) -> str:
+    """One line for an exception that no type of ours explains: a defect here, or the user's own module."""
+    lines = str(error).strip().splitlines()
+    what = f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
+    return f"unexpected {what}; run again with --debug for the traceback"
+
+
+def _nobody_reads() -> int:
+    """The reader of our output went away (`turbopump inspect ... | head`): as a filter does, end without a word."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or the interpreter complains when it flushes
+    return 128 + signal.SIGPIPE
 
 
 if __name__ == "__main__":

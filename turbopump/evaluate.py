@@ -136,4 +136,6 @@ def format_result(result: EvaluationResult, *, as_json: bool = False) -> str:
         return to_json(result).decode()
     head = f"{result.run} at step {result.step}, split {result.split}, {result.samples:,} samples"
     yardsticks = [f"  {name + ' (text)':<18}{value:.4f} bits per byte" for name, value in result.yardsticks.items()]
-    return "\n".join([head, *(f"  {name.replace('_', ' '):<18}{value:.4f}" for name, value in result.metrics.items()), *yardsticks])
+    return "\n".join(
+        [head, *(f"  {name.replace('_', ' '):<18}{value:.4f}" for name, value in result.metrics.items()), *yardsticks]
+    )

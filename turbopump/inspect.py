@@ -13,10 +13,10 @@ from turbopump.core.files import from_json, read_json_lines, to_json
 from turbopump.core.rundir import RunDir
 from turbopump.core.spans import run_breakdown
 from turbopump.core.tensor_file import read_layout
-from turbopump.core.units import human, human_bytes, human_seconds
+from turbopump.core.units import human, human_bytes, human_seconds, printable
 from turbopump.data.describe import describe_dataset
 from turbopump.data.format import verify_dataset
-from turbopump.planner.summary import format_summary, summarize
+from turbopump.planner.summary import format_summary, misfits, summarize
 
 
 def inspect(path: Path | str, *, verify: bool = False) -> dict[str, Any]:
@@ -45,10 +45,11 @@ def _run(path: Path, verify: bool) -> dict[str, Any]:
         _verify_checkpoint(checkpoint.path)
     breakdown = run_breakdown(read_json_lines(rundir.spans(0)))
     return {
+        **_made_of(rundir),
         "attempts": rundir.num_attempts(),
         "steps": last.get("step", {}).get("step", 0),
         "loss": last.get("step", {}).get("loss"),
-        "evaluation": {k: v for k, v in last.get("evaluation", {}).items() if k not in ("type", "epoch_s")},
+        "evaluation": {k: v for k, v in last.get("evaluation", {}).items() if k not in ("type", "epoch_s", "s")},
         "seconds": {name: getattr(breakdown, name) for name in breakdown.__dataclass_fields__},
         "checkpoints": [
             {"step": c.step, "bytes": c.num_bytes, "metrics": c.metrics, "problem": c.problem} for c in checkpoints
@@ -56,6 +57,15 @@ def _run(path: Path, verify: bool) -> dict[str, Any]:
         "verified": verify or None,
         "environment": _json(rundir.env),
     }
+
+
+def _made_of(rundir: RunDir) -> dict[str, Any]:
+    """What the run trains on what, and for how long; what is wrong with its config.toml where that cannot be read."""
+    try:
+        config = load(rundir.config)
+    except UsageError as error:
+        return {"problem": str(error)}
+    return {"name": config.name, "model": config.model.kind, "data": config.data.kind, "num_steps": config.num_steps}
 
 
 def _checkpoint(path: Path, verify: bool) -> dict[str, Any]:
@@ -77,12 +87,17 @@ def _verify_checkpoint(path: Path) -> None:
 def _dataset(path: Path, verify: bool) -> dict[str, Any]:
     if verify:
         verify_dataset(path)
-    return {**describe_dataset(path), "verified": verify or None}
+    facts = describe_dataset(path)
+    for split in facts["splits"].values():
+        sizes = split.pop("document_sizes", ())
+        split["document_sizes"] = {f"up to {size:,} tokens": count for size, count in sizes}
+    return {"holds": facts.pop("kind"), **facts, "verified": verify or None}
 
 
 def _recipe(path: Path, verify: bool) -> dict[str, Any]:
     config = load(path)
-    return {"settings": to_table(config), "sizes": format_summary(summarize(config), config).splitlines()}
+    return {"settings": to_table(config), "sizes": format_summary(summarize(config), config).splitlines(),
+            "misfits": misfits(config)}  # fmt: skip
 
 
 def _weights(path: Path, verify: bool) -> dict[str, Any]:
@@ -107,43 +122,42 @@ _KINDS: tuple[tuple[str, Callable[[Path], bool], Callable[[Path, bool], dict[str
     ("json", lambda p: p.suffix == ".json", _json),
 )
 
-_SECONDS = ("s", "seconds")
+EXACT = ("settings", "tensors", "values")  # names and values as they are, not as people say them
+MAX_LINES = 40
 
 
-def format_facts(facts: Mapping[str, Any], indent: int = 0) -> str:
+def format_facts(facts: Mapping[str, Any], indent: int = 0, *, exact: bool = False) -> str:
     """Facts as indented lines: bytes and seconds in people's units, long lists cut with their length said."""
     lines: list[str] = []
     pad = "  " * indent
     for name, value in facts.items():
-        if value is None or value == {} or value == []:
+        if value is None or value in ({}, [], ()):
             continue
-        label = f"{pad}{name.replace('_', ' ')}"
+        label = pad + (name if exact else name.replace("_", " "))
         if isinstance(value, Mapping):
             if name == "seconds":
                 value = {k: human_seconds(v) for k, v in value.items()}
-            shown = dict(list(value.items())[:40])
-            lines += [label, format_facts(shown, indent + 1)]
-            if len(value) > len(shown):
-                lines.append(f"{pad}  ... and {len(value) - len(shown)} more (all with --json)")
-        elif isinstance(value, (list, tuple)):
-            lines.append(label)
-            lines += [f"{pad}  {_one_line(item)}" for item in value[:40]]
-            if len(value) > 40:
-                lines.append(f"{pad}  ... and {len(value) - 40} more (all with --json)")
+            shown = dict(list(value.items())[:MAX_LINES])
+            lines += [label, format_facts(shown, indent + 1, exact=exact or name in EXACT)]
+        elif isinstance(value, (list, tuple)) and not exact:
+            lines += [label, *(f"{pad}  {_one_line(item)}" for item in value[:MAX_LINES])]
         else:
-            lines.append(f"{label:<24} {_readable(name, value)}")
+            lines.append(f"{label:<24} {_one_line(value) if exact else _readable(name, value)}")
+            continue
+        if len(value) > MAX_LINES:
+            lines.append(f"{pad}  ... and {len(value) - MAX_LINES} more (all with --json)")
     return "\n".join(line for line in lines if line)
 
 
 def _one_line(item: Any) -> str:
     if isinstance(item, Mapping):
         return "  ".join(f"{key} {_readable(key, value)}" for key, value in item.items() if value is not None)
-    return str(item)
+    return printable(str(item).replace("\n", "\\n"))
 
 
 def _readable(name: str, value: Any) -> str:
     if isinstance(value, bool) or not isinstance(value, (int, float)):
-        return _one_line(value) if isinstance(value, Mapping) else str(value)
+        return _one_line(value)
     if name.endswith("bytes"):
         return human_bytes(value)
     if name.endswith("_s") and not name.endswith("per_s"):

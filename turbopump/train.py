@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from turbopump.core import plugins
 from turbopump.core.config import Config, apply_override, load, parse, validate
-from turbopump.core.errors import UsageError
+from turbopump.core.errors import ConfigError, UsageError
 from turbopump.core.rundir import RunDir
 from turbopump.hardware.detect import process_age_s
 
@@ -200,13 +200,18 @@ def train_from_command_line(
 
 
 def dry_run(recipe: Path, *, overrides: Sequence[str] = (), live: Mapping[str, str | None] | None = None) -> str:
-    """The resolved configuration, sizes, FLOPs and memory estimate, as text; reads no data."""
+    """The resolved configuration, sizes, FLOPs and memory estimate, as text; of the data it reads the sizes only.
+
+    Raises `ConfigError` where they do not fit the model's.
+    """
     from turbopump.core.config import dumps
-    from turbopump.planner.summary import format_summary, summarize
+    from turbopump.planner.summary import format_summary, misfits, summarize
     from turbopump.training.loop import Live
 
     objects = Live(**live_from_references(live or {}))
     config = load(recipe, overrides, live=_live_tables(objects))
+    if problems := misfits(config):
+        raise ConfigError(problems, "model and dataset")
     return dumps(config) + "\n" + format_summary(summarize(config), config)
 
 

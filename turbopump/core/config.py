@@ -259,6 +259,11 @@ def cross_check(config: Config) -> list[str]:
         problems.append(
             f"global_batch: {config.global_batch} must be divisible by microbatch ({config.microbatch}): use {near}"
         )
+    ranks = config.launch.num_processes
+    if ranks > 1 and config.global_batch % (ranks * max(1, config.microbatch)):
+        near = nearest_multiples(config.global_batch, ranks * max(1, config.microbatch))
+        divisor = f"launch.num_processes ({ranks})" + (f" x microbatch ({config.microbatch})" if config.microbatch else "")
+        problems.append(f"global_batch: {config.global_batch} must be divisible by {divisor}: use {near}")
     for name in ("model", "data"):
         check = getattr(getattr(config, name), "problems", None)
         problems += [f"{name}.{problem}" for problem in check()] if check else []
@@ -269,6 +274,17 @@ def nearest_multiples(value: int, divisor: int) -> str:
     """`28 or 32` for 30 and 4: the allowed neighbours of a size that does not divide."""
     below, above = value // divisor * divisor, -(-value // divisor) * divisor
     return f"{below} or {above}" if below else f"{above}"
+
+
+def missing_sizes(model: str, shape: Mapping[str, int], needed: Sequence[str], fitting: str) -> list[str]:
+    """The problem of a model kind whose dataset names none of the sizes it reads; `fitting` are kinds that do."""
+    if all(name in shape for name in needed):
+        return []
+    has = ", ".join(shape) or "none"
+    return [
+        f"kind: {model} reads samples with {', '.join(needed)}; the dataset's have {has}: use data.kind = {fitting}, "
+        f"or another model.kind"
+    ]
 
 
 def _check_schema(table: dict[str, Any]) -> list[str]:

@@ -1,8 +1,9 @@
-"""Numbers as people read them: 1.2 GB, 3.4 TFLOP/s, 2 h 05 min."""
+"""Numbers as people read them: 1.2 GB, 3.4 TFLOP/s, 2 h 05 min; text that a terminal can show."""
 
 from __future__ import annotations
 
 import math
+from unicodedata import category
 
 _PREFIXES = ("", "k", "M", "G", "T", "P", "E")
 
@@ -47,3 +48,9 @@ def human_seconds(seconds: float) -> str:
     if whole < 86400:
         return f"{whole // 3600} h {whole % 3600 // 60:02d} min"
     return f"{whole // 86400} d {whole % 86400 // 3600:02d} h"
+
+
+def printable(text: str) -> str:
+    """`text` with control characters (and half surrogates, which cannot be encoded) replaced by U+FFFD: what a model or
+    a file says must not steer the reader's terminal."""
+    return "".join(c if c in "\n\t" or category(c) not in ("Cc", "Cs") else "\N{REPLACEMENT CHARACTER}" for c in text)

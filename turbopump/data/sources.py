@@ -14,7 +14,9 @@ A source is a map-style dataset (PyTorch's and Grain's sense): `__len__`, `__get
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal, Protocol
 
 import numpy as np
@@ -25,6 +27,7 @@ from turbopump.core.plugins import SourceKind
 from turbopump.data import text
 from turbopump.data.digits import DigitsConfig, open_digits
 from turbopump.data.format import Dataset, open_dataset
+from turbopump.data.manifest import read_manifest
 from turbopump.data.tones import TonesConfig, TonesSource, tones_shape
 
 
@@ -201,6 +204,15 @@ def _open_kind(path: str, kind: str) -> Dataset:
     return dataset
 
 
+def tokens_shape(config: TokensConfig) -> Mapping[str, int]:
+    """`seq_len`, and `vocab_size` where the dataset is there to tell."""
+    with suppress(DatasetError):  # sizes and FLOPs need no data; opening it says what is wrong with it
+        tokenizer = read_manifest(Path(config.path)).tokenizer
+        if tokenizer is not None:
+            return {"seq_len": config.seq_len, "vocab_size": tokenizer.vocab_size}
+    return {"seq_len": config.seq_len}
+
+
 def arrays_shape(config: ArraysConfig) -> Mapping[str, int]:
     """Sizes of the first field: `channels`, `height`, `width` of an image, `features` of a vector, else by number."""
     shape = _open_kind(config.path, "arrays").manifest.fields[0].shape
@@ -223,7 +235,7 @@ def _digits(config: DigitsConfig, split: str) -> Any:
     return open_digits(config, split)
 
 
-TOKENS = SourceKind(TokensConfig, TokensSource, lambda config: {"seq_len": config.seq_len})
+TOKENS = SourceKind(TokensConfig, TokensSource, tokens_shape)
 DIGITS = SourceKind(DigitsConfig, _digits, lambda config: {"channels": 1, "height": 8, "width": 8, "classes": 10})
 TONES = SourceKind(TonesConfig, open_tones, tones_shape)
 ARRAYS = SourceKind(ArraysConfig, ArraysSource, arrays_shape)

@@ -107,7 +107,8 @@ def log_spectrogram(sound_S: np.ndarray) -> np.ndarray:
 
 
 def tones_shape(config: TonesConfig) -> dict[str, int]:
-    """The largest sample: `frequencies`, `frames` and `labels`."""
+    """The largest sample: `frequencies`, `frames` and `labels`; `num_labels` are the different ones and the blank."""
     longest_s = config.max_labels * (TONE_S[1] + PAUSE_S[1]) + PAUSE_S[1]
     frames = (round(longest_s * SAMPLE_RATE_HZ) + config.max_labels - WINDOW) // HOP + 1
-    return {"frequencies": FREQUENCIES, "frames": frames, "labels": config.max_labels}
+    return {"frequencies": FREQUENCIES, "frames": frames, "labels": config.max_labels,
+            "num_labels": config.num_tones + 1}  # fmt: skip

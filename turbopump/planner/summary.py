@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from turbopump.core import plugins
 from turbopump.core.config import Config
+from turbopump.core.errors import DatasetError
 from turbopump.core.units import human, human_bytes
 
 WEIGHT_BYTES = GRADIENT_BYTES = 4  # fp32 in every precision there is: bf16 is autocast
@@ -30,6 +31,21 @@ class Summary:
     @property
     def memory_bytes(self) -> int:
         return self.weight_bytes + self.gradient_bytes + self.optimizer_bytes + self.kept_bytes
+
+
+def misfits(config: Config) -> list[str]:
+    """Sizes of the model that do not fit the dataset's, each with what is given, needed and to be done.
+
+    A dataset that is not there yet is not compared: its own error comes when it is opened.
+    """
+    if config.model.kind == "live" or config.data.kind == "live":
+        return []
+    try:
+        shape = plugins.find("turbopump.sources", config.data.kind).shape(config.data)
+    except DatasetError:
+        return []
+    check = getattr(config.model, "misfits", None)
+    return [f"model.{problem}" for problem in check(shape)] if check else []
 
 
 def summarize(config: Config, *, num_processes: int = 0) -> Summary | None:
@@ -67,7 +83,10 @@ def format_summary(summary: Summary | None, config: Config) -> str:
         ("parameters", human(summary.params)),
         (f"{unit}s a step", f"{summary.units_per_step:,}"),
         (f"{unit}s in all", f"{human(summary.units_per_step * config.num_steps)} ({config.num_steps:,} steps)"),
-        (f"FLOPs a {unit}", f"{human(summary.flops_per_unit)} (forward {human(summary.forward_flops_per_unit)})"),
+        (
+            f"FLOPs {'an' if unit[0] in 'aeiou' else 'a'} {unit}",
+            f"{human(summary.flops_per_unit)} (forward {human(summary.forward_flops_per_unit)})",
+        ),
         ("FLOPs a step", human(summary.flops_per_step)),
         ("FLOPs in all", human(summary.flops_per_step * config.num_steps)),
         ("memory a process", f"{human_bytes(summary.memory_bytes)}, estimated:"),

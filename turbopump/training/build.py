@@ -22,6 +22,7 @@ from turbopump.core.errors import ConfigError, DatasetError, UsageError
 from turbopump.core.randomness import seed_of
 from turbopump.core.workload import Workload
 from turbopump.data.loader import Loader, evaluation_batches
+from turbopump.planner.summary import misfits
 from turbopump.training.evaluation import Metrics, evaluate_model
 from turbopump.training.forward_backward import ForwardBackward, Loss, Weight, reseed
 from turbopump.training.optim import MakeOptimizer, build_optimizer
@@ -73,6 +74,8 @@ def resolve_task(config: Config, live: Live | None = None) -> Task:
     for name, value, other in (("model", live.model, kind), ("dataset", live.dataset, source_kind)):
         if value is None and other is None:
             raise UsageError(f"this run was made with a live {name}: give it again, from Python or as module:function")
+    if problems := misfits(config):
+        raise ConfigError(problems, "model and dataset")
     if live.loss is None and side is None:
         raise UsageError("a live model needs a loss: loss(model, batch) -> the mean over the batch")
     weight = live.weight or (side.weight if side is not None and live.loss is None else count_samples)

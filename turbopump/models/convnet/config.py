@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
-from turbopump.core.config import PositiveInt, setting
+from turbopump.core.config import PositiveInt, missing_sizes, setting
 from turbopump.core.plugins import ModelKind
 from turbopump.models.convnet.workload import workload
 
@@ -38,6 +39,18 @@ class ConvnetConfig:
         if not self.blocks:
             return ["blocks: [] given; at least one stage is needed: use e.g. [2, 2, 2, 2]"]
         return []
+
+    def misfits(self, shape: Mapping[str, int]) -> list[str]:
+        """Sizes that do not fit those of the dataset's samples."""
+        if missing := missing_sizes("convnet", shape, ("channels", "height", "width"), '"digits" or "arrays"'):
+            return missing
+        found = []
+        channels, classes = shape["channels"], shape.get("classes", 0)
+        if self.in_channels != channels:
+            found.append(f"in_channels: {self.in_channels} given; the images have {channels}: use {channels}")
+        if self.num_classes < classes:
+            found.append(f"num_classes: {self.num_classes} given; the dataset has {classes}: use {classes} or more")
+        return found
 
 
 KIND = ModelKind(config=ConvnetConfig, workload=workload, module="turbopump.models.convnet.model")

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
-from turbopump.core.config import PositiveInt, setting
+from turbopump.core.config import PositiveInt, missing_sizes, setting
 from turbopump.core.plugins import ModelKind
 from turbopump.models.deepspeech2.workload import FREQUENCY_STRIDE, workload
 
@@ -46,6 +47,23 @@ class DeepSpeech2Config:
                 found.append(f"{name}: {even[0]} is even, kernels must be odd: use {even[0] - 1} or {even[0] + 1}")
         if self.num_labels < 2:
             found.append(f"num_labels: {self.num_labels} leaves no label beside the blank: use at least 2")
+        return found
+
+    def misfits(self, shape: Mapping[str, int]) -> list[str]:
+        """Sizes that do not fit those of the dataset's samples."""
+        if missing := missing_sizes("deepspeech2", shape, ("frequencies", "frames", "labels"), '"tones"'):
+            return missing
+        found = []
+        frequencies, labels = shape["frequencies"], shape.get("num_labels", 0)
+        if self.frequencies != frequencies:
+            found.append(
+                f"frequencies: {self.frequencies} given; the spectrograms have {frequencies}: use {frequencies}"
+            )
+        if self.num_labels < labels:
+            found.append(
+                f"num_labels: {self.num_labels} given; the dataset has {labels}, the blank included: "
+                f"use {labels} or more"
+            )
         return found
 
 

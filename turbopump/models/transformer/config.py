@@ -2,10 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
-from turbopump.core.config import NonNegativeInt, PositiveFloat, PositiveInt, Probability, nearest_multiples, setting
+from turbopump.core.config import (
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    Probability,
+    missing_sizes,
+    nearest_multiples,
+    setting,
+)
 from turbopump.core.plugins import ModelKind
 from turbopump.models.transformer.workload import workload
 
@@ -66,6 +75,15 @@ class TransformerConfig:
                 f"use one of {', '.join(map(str, allowed))}"
             )
         return found
+
+    def misfits(self, shape: Mapping[str, int]) -> list[str]:
+        """Sizes that do not fit those of the dataset's samples."""
+        if missing := missing_sizes("transformer", shape, ("seq_len",), '"tokens"'):
+            return missing
+        needed = shape.get("vocab_size", 0)
+        if self.vocab_size < needed:
+            return [f"vocab_size: {self.vocab_size} given; the dataset has {needed} tokens: use {needed} or more"]
+        return []
 
 
 KIND = ModelKind(config=TransformerConfig, workload=workload, module="turbopump.models.transformer.model")
