@@ -14,7 +14,7 @@ from typing import Any
 
 from turbopump.core.units import human, human_seconds
 from turbopump.reporting.account import Summary, run_shares, table
-from turbopump.reporting.load import measured, number
+from turbopump.reporting.load import measured
 from turbopump.reporting.words import KIND_NAMES, percent
 
 WORTH = 0.02
@@ -272,27 +272,27 @@ def _stragglers(summary: Summary, shares: Mapping[str, float]) -> Iterator[Findi
 
 
 def faster_dtype(summary: Summary) -> tuple[str, float, str] | None:
-    """A dtype that was measured at least 1.1 times as fast as the one in use: (dtype, ratio, evidence)."""
+    """A dtype that was measured at least 1.1 times as fast as the one in use: (dtype, ratio, evidence).
+
+    None where the dtype was chosen by measurement: that trial has answered the question.
+    """
     used = dtype_in_use(summary)
-    if used is None:
-        return None
-    trials = choice_evidence(summary.choices, used)
-    rates: dict[str, float] = {}
     rows = table(summary.env, "limit").get("rows")
-    for row in rows if isinstance(rows, list) else []:
+    if used is None or table(summary.choices, "precision") or not isinstance(rows, list):
+        return None
+    rates: dict[str, float] = {}
+    for row in rows:
         if isinstance(row, Mapping) and (rate := measured(row.get("flops_per_s"))):
             rates[str(row.get("dtype"))] = max(rate, rates.get(str(row.get("dtype")), 0.0))
-    if trials:  # a trial of the whole step outweighs rates of single operations
+    others = {d: r for d, r in rates.items() if d in ("fp32", "bf16") and d != used}
+    if used not in rates or not others:
         return None
-    allowed = {d: r for d, r in rates.items() if d in ("fp32", "bf16") and d != used}
-    if used not in rates or not allowed:
-        return None
-    best = max(allowed, key=lambda d: allowed[d])
-    ratio = allowed[best] / rates[used]
+    best = max(others, key=lambda d: others[d])
+    ratio = others[best] / rates[used]
     if ratio < 1.1:
         return None
     evidence = (
-        f"The best rate measured on this machine is {human(allowed[best], 'FLOP/s')} in {best} and "
+        f"The best rate measured on this machine is {human(others[best], 'FLOP/s')} in {best} and "
         f"{human(rates[used], 'FLOP/s')} in {used}: {ratio:.2f} times."
     )
     return best, ratio, evidence
@@ -305,25 +305,9 @@ def dtype_in_use(summary: Summary) -> str | None:
         if isinstance(value, str) and value != "auto":
             return value
     observed = summary.env.get("dtype_in_use")
-    if isinstance(observed, list) and observed:
-        return "bf16" if "bf16" in observed else str(observed[0])
-    return None
-
-
-def choice_evidence(choices: Mapping[str, Any], wanted: str) -> dict[str, float]:
-    """Numbers of [precision] in choices.toml whose name or parent names a dtype, e.g. `fp32_step_s = 0.31`."""
-    found: dict[str, float] = {}
-
-    def walk(node: Mapping[str, Any], prefix: str) -> None:
-        for key, value in node.items():
-            name = f"{prefix}.{key}" if prefix else str(key)
-            if isinstance(value, Mapping):
-                walk(value, name)
-            elif any(d in name for d in ("fp32", "bf16")) and math.isfinite(number(value)):
-                found[name] = number(value)
-
-    walk(table(choices, "precision"), "")
-    return found if any(wanted in name for name in found) else {}
+    if isinstance(observed, Mapping) and observed:  # share of the FLOPs by dtype
+        return str(max(observed, key=lambda d: measured(observed[d]) or 0.0))
+    return str(observed[0]) if isinstance(observed, list) and observed else None
 
 
 # ---- learning -------------------------------------------------------------------------------------------------------

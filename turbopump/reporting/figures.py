@@ -411,8 +411,8 @@ def ranks_figure(summary: Summary) -> Figure | None:
     )  # fmt: skip
 
 
-def stacked_bar(names: list[str], values: list[float], part: str) -> dict[str, Any]:
-    """One part of the step of several ranks or runs, in milliseconds."""
+def stacked_bar(names: list[str], values: list[float], part: str, unit: str = "ms") -> dict[str, Any]:
+    """One kind of time of several ranks or runs, stacked on the kinds before it."""
     return {
         "type": "bar",
         "orientation": "h",
@@ -420,5 +420,5 @@ def stacked_bar(names: list[str], values: list[float], part: str) -> dict[str, A
         "x": [float(f"{v:.5g}") for v in values],
         "name": KIND_NAMES[part],
         "marker": {"color": f"--{part.replace('_', '-')}", "line": {"width": 0}},
-        "hovertemplate": "%{x:.4~g} ms",
+        "hovertemplate": f"%{{x:.4~g}} {unit}",
     }

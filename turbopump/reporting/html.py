@@ -24,7 +24,7 @@ class Html(str):
     """Text that is HTML already and is not escaped again."""
 
 
-def tag(name: str, *children: Any, **attributes: Any) -> Html:
+def tag(name: str, /, *children: Any, **attributes: Any) -> Html:
     """`<name attributes>children</name>`. Attribute names: `class_` for class, `_` for `-`; None and False are left
     out. Children that are not `Html` are escaped."""
     shown = []
