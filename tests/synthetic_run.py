@@ -71,7 +71,7 @@ class Shape:
     env: dict[str, Any] = field(default_factory=dict)
 
 
-def write_run(path: Path, shape: Shape = Shape(), *, texts: str | None = None) -> RunDir:  # noqa: B008
+def write_run(path: Path, shape: Shape = Shape(), *, texts: str | None = None) -> RunDir:
     """A finished run of `shape`; `texts` replaces every string a user could have chosen."""
     run = RunDir(path)
     run.create()
@@ -166,7 +166,7 @@ class _Writer:
 
     def progress(self, step: int) -> None:
         shape = self.shape
-        step_s = (shape.compute_s + shape.data_s + shape.optimizer_s + shape.communication_s + shape.other_s)
+        step_s = shape.compute_s + shape.data_s + shape.optimizer_s + shape.communication_s + shape.other_s
         step_s *= float(self.random.lognormal(0, 0.02))
         env = _env(shape, None)
         limit = env["limit"]["flops_per_s"]

@@ -12,8 +12,8 @@ from turbopump.core.units import human, human_bytes, human_seconds
 from turbopump.reporting import html
 from turbopump.reporting.account import Summary, run_shares
 from turbopump.reporting.figures import evaluation_points, smoothed_loss, stacked_bar, time_unit
-from turbopump.reporting.html import Html, join, tag
-from turbopump.reporting.load import STEP_FIELDS, RunData
+from turbopump.reporting.html import Html, join, prose, tag
+from turbopump.reporting.load import STEP_FIELDS, RunData, number
 from turbopump.reporting.page import page_footer, tile
 from turbopump.reporting.plots import RUN_COLOURS, Figure, Table, Trace, label, layout, line
 from turbopump.reporting.series import sample_rows, thin
@@ -180,16 +180,16 @@ def comparison_page(runs: Sequence[RunData], comparison: Comparison) -> bytes:
         )
         if f is not None
     ]
+    table = html.table(figure_table(comparison), caption="Figures of the runs")
     body = join(
         [
             _header(comparison),
             tag(
                 "main",
-                html.section("Figures", tag("div", html.table(figure_table(comparison), caption="Figures of the runs"),
-                                            class_="card"), id_="figures-table"),
-                html.section("Curves and time", tag("div", *(html.figure(f) for f in figures), class_="grid"), id_="curves"),
+                html.section("Figures", tag("div", table, class_="card"), id_="figures-table"),
+                html.section("Curves and time", tag("div", *map(html.figure, figures), class_="grid"), id_="curves"),
                 html.section("What differs", _differences_html(comparison), id_="differences"),
-                html.section("Each run", *(_each(n, s) for n, s in zip(comparison.labels, comparison.summaries)), id_="runs"),
+                html.section("Each run", *map(_each, comparison.labels, comparison.summaries), id_="runs"),
             ),
             page_footer(),
         ]
@@ -207,7 +207,7 @@ def _header(comparison: Comparison) -> Html:
     return tag(
         "header",
         tag("h1", " against ".join(comparison.labels[:3]) + (" …" if len(comparison.labels) > 3 else "")),
-        *(tag("p", sentence, class_="headline") for sentence in comparison.sentences),
+        *(tag("p", prose(sentence), class_="headline") for sentence in comparison.sentences),
         tag("dl", *tiles, class_="tiles"),
     )
 
@@ -253,14 +253,16 @@ def _differences_html(comparison: Comparison) -> Html:
     parts = []
     for title, rows in (("Configuration", comparison.config), ("Environment", comparison.environment)):
         content = Table(header, [[path, *values] for path, values in rows])
-        shown = html.table(content, caption=title, numeric=False) if rows else tag("p", "No difference.", class_="muted")
+        shown = (
+            html.table(content, caption=title, numeric=False) if rows else tag("p", "No difference.", class_="muted")
+        )
         opened = title == "Configuration" or 0 < len(rows) <= 12
         parts.append(html.details(f"{title} ({len(rows)})", shown, open_=opened))
     return tag("div", *parts, class_="card")
 
 
 def _each(name: str, summary: Summary) -> Html:
-    return tag("div", tag("h3", name), tag("p", headline(summary)), class_="card", style="margin-bottom:12px")
+    return tag("div", tag("h3", name), tag("p", prose(headline(summary))), class_="card", style="margin-bottom:12px")
 
 
 def _colour(i: int) -> str:
@@ -283,10 +285,11 @@ def loss_overlay(runs: Sequence[RunData], comparison: Comparison) -> Figure | No
         title="Training loss, smoothed",
         summary="Smoothed training loss of the runs by step.",
         data=data,
-        layout=layout(x="step", y="loss", height=340, showlegend=True, hovermode="x unified"),
+        layout=layout(x="step", y="loss", height=340, hovermode="x unified"),
         table=Table(["run", "step", "loss"], rows),
         log_x=True,
         wide=True,
+        legend=True,
     )
 
 
@@ -313,9 +316,10 @@ def quality_overlay(runs: Sequence[RunData], comparison: Comparison, *, by_time:
         title=f"{qualities[0].name} by {'time' if by_time else 'step'}",
         summary=f"{qualities[0].name} of the runs by {axis}.",
         data=data,
-        layout=layout(x=axis, y=qualities[0].name, showlegend=True, hovermode="x unified"),
+        layout=layout(x=axis, y=qualities[0].name, hovermode="x unified"),
         table=Table(["run", axis, qualities[0].name], rows),
         log_x=not by_time,
+        legend=True,
     )
 
 
@@ -323,11 +327,11 @@ def _quality_points(run: RunData, metric: str, unit_s: float | None) -> tuple[np
     step, value = evaluation_points(run, metric)
     if unit_s is None:
         return step, value
-    at_s = {r["step"]: r.get("epoch_s") for r in run.metrics.evaluations}
-    begin = run.ranks[0].first_epoch_s if run.ranks else None
-    known = [k for k, s in enumerate(step.tolist()) if isinstance(at_s.get(s), (int, float)) and begin is not None]
-    seconds = np.array([at_s[int(step[k])] - begin for k in known], dtype=float)
-    return seconds / unit_s, value[known]
+    begin_s = run.ranks[0].first_epoch_s if run.ranks else np.nan
+    at_s = {r["step"]: number(r.get("epoch_s")) - begin_s for r in run.metrics.evaluations}
+    seconds = np.array([at_s[s] for s in step.tolist()])
+    known = np.isfinite(seconds)
+    return seconds[known] / unit_s, value[known]
 
 
 def step_bars(comparison: Comparison) -> Figure | None:
@@ -347,6 +351,7 @@ def step_bars(comparison: Comparison) -> Figure | None:
         layout=_bars_layout(len(names), "milliseconds"),
         table=Table(["run", "step", *(KIND_NAMES[p] for p in STEP_FIELDS)], rows),
         wide=True,
+        legend=True,
     )
 
 
@@ -368,11 +373,12 @@ def wall_bars(comparison: Comparison) -> Figure | None:
         layout=_bars_layout(len(names), unit),
         table=Table(["run", *(KIND_NAMES[k] for k in kinds)], rows),
         wide=True,
+        legend=True,
     )
 
 
 def _bars_layout(count: int, unit: str) -> dict[str, Any]:
-    return layout(x=unit, y="", height=130 + 38 * count, barmode="stack", showlegend=True,
+    return layout(x=unit, y="", height=130 + 38 * count, barmode="stack",
                   yaxis={"autorange": "reversed", "showgrid": False}, xaxis={"showgrid": True})  # fmt: skip
 
 
@@ -395,7 +401,8 @@ def throughput_overlay(runs: Sequence[RunData], comparison: Comparison) -> Figur
         title="Throughput",
         summary=f"{unit} of the runs by step.",
         data=data,
-        layout=layout(x="step", y=label(unit), showlegend=True, hovermode="x unified", yaxis={"rangemode": "tozero"}),
+        layout=layout(x="step", y=label(unit), hovermode="x unified", yaxis={"rangemode": "tozero"}),
         table=Table(["run", "step", unit], rows),
         wide=True,
+        legend=True,
     )

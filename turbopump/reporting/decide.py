@@ -7,7 +7,6 @@ this machine (rates of `probe`, trials kept in choices.toml); where neither exis
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -18,6 +17,7 @@ from turbopump.reporting.load import measured
 from turbopump.reporting.words import KIND_NAMES, percent
 
 WORTH = 0.02
+
 
 @dataclass(frozen=True)
 class Finding:
