@@ -113,7 +113,7 @@ def _figure_rows(summaries: Sequence[Summary]) -> tuple[FigureRow, ...]:
         row("steps", "", "", lambda s: s.num_steps_done),
         row("wall time", "s", "lower", lambda s: s.run and s.run.wall_s),
         row("mean step", "s", "lower", lambda s: s.steps and s.steps.mean_s),
-        *(row(f"  {KIND_NAMES[p]}", "s", "lower", lambda s, p=p: s.steps and getattr(s.steps.mean, p))
+        *(row(f"step: {KIND_NAMES[p]}", "s", "lower", lambda s, p=p: s.steps and getattr(s.steps.mean, p))
           for p in STEP_FIELDS),
         row("throughput", "/s", "higher", lambda s: s.speed.units_per_s),
         row("throughput over the wall time", "/s", "higher", lambda s: s.speed.goodput_units_per_s),
@@ -180,7 +180,7 @@ def comparison_page(runs: Sequence[RunData], comparison: Comparison) -> bytes:
         )
         if f is not None
     ]
-    table = html.table(figure_table(comparison), caption="Figures of the runs")
+    table = html.table(figure_table(comparison), caption="Figures of the runs", whole=True)
     body = join(
         [
             _header(comparison),

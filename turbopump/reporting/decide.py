@@ -22,7 +22,8 @@ WORTH = 0.02
 @dataclass(frozen=True)
 class Finding:
     """One decision. `saves_at_most_s` is seconds of this run's wall time, a ceiling; `basis` says where it was
-    measured (`this run`, `this machine`); both None where no measurement supports a figure."""
+    measured (`this run`, `this machine`); both None where no measurement supports a figure. `about` is `time`,
+    `learning`, or `wrong`: something to put right whatever it costs."""
 
     title: str
     evidence: str
@@ -30,6 +31,7 @@ class Finding:
     setting: str | None = None
     saves_at_most_s: float | None = None
     basis: str | None = None
+    about: str = "time"
 
 
 def limits(summary: Summary) -> list[Finding]:
@@ -113,6 +115,7 @@ def _correctness(summary: Summary) -> Iterator[Finding]:
             action="Lower the peak learning rate, lengthen the warm-up, or clip harder, and look at the records of "
             "that step's batch.",
             setting=_settings(summary, "optimizer.lr", "schedule.warmup_steps", "optimizer.clip_norm"),
+            about="wrong",
         )
     speed = summary.speed
     share = speed.compute_share_of_limit
@@ -122,6 +125,7 @@ def _correctness(summary: Summary) -> Iterator[Finding]:
             evidence=f"Forward and backward reach {percent(share)} of it; nothing can pass 100 %.",
             action="Measure the machine again while it is otherwise idle; shares of the limit in this report are "
             "too high until then.",
+            about="wrong",
         )
 
 
@@ -182,7 +186,7 @@ def _time(summary: Summary) -> Iterator[Finding]:
                       "It is paid once an attempt: train longer, or restart less often.", "num_steps")  # fmt: skip
     yield from _idle(summary, wall_s)
     yield from _arithmetic(summary, shares, wall_s)
-    yield from _stragglers(summary, shares)
+    yield from _stragglers(summary)
 
 
 def _idle(summary: Summary, wall_s: float) -> Iterator[Finding]:
@@ -256,7 +260,7 @@ def _arithmetic(summary: Summary, shares: Mapping[str, float], wall_s: float) ->
         )
 
 
-def _stragglers(summary: Summary, shares: Mapping[str, float]) -> Iterator[Finding]:
+def _stragglers(summary: Summary) -> Iterator[Finding]:
     if len(summary.ranks) < 2:
         return
     own_s = {r.rank: r.mean_s - r.mean.exposed_communication for r in summary.ranks}
@@ -268,6 +272,9 @@ def _stragglers(summary: Summary, shares: Mapping[str, float]) -> Iterator[Findi
             f"Without communication its mean step takes {human_seconds(own_s[slowest])}, the median rank's "
             f"{human_seconds(typical_s)} ({own_s[slowest] / typical_s:.2f} times).",
             "Look at what else runs on its device or host, and whether its samples are longer.",
+            None,
+            (own_s[slowest] - typical_s) * summary.num_steps_done,
+            "this run",
         )
 
 
@@ -333,6 +340,7 @@ def _learning(summary: Summary) -> Iterator[Finding]:
             f"{quality.last:.4g} at step {quality.last_step}.",
             "Use the checkpoint nearest to its best step, train for fewer steps, or add data.",
             _settings(summary, "num_steps", "optimizer.weight_decay"),
+            about="learning",
         )
         return
     late = [p for p in points if p[0] >= 0.75 * quality.last_step]
@@ -344,6 +352,7 @@ def _learning(summary: Summary) -> Iterator[Finding]:
             f"{late[-1][1]:.4g} at step {late[-1][0]}, the last quarter of the run ({percent(gain)}).",
             "What more steps would bring was not measured.",
             _settings(summary, "num_steps"),
+            about="learning",
         )
 
 

@@ -9,7 +9,7 @@ import numpy as np
 from turbopump.core.units import human, human_bytes, human_seconds
 from turbopump.reporting.account import QUALITY, WARMUP_STEPS, Summary, counted_steps, main_split, time_bins
 from turbopump.reporting.load import STEP_FIELDS, RankSpans, RunData, measured
-from turbopump.reporting.plots import Figure, Table, Trace, label, layout, line, log_ticks, points, vertical
+from turbopump.reporting.plots import Figure, Table, Trace, label, layout, line, log_ticks, mark, marked, points
 from turbopump.reporting.series import sample_rows, smooth, thin
 from turbopump.reporting.words import KIND_NAMES, percent
 
@@ -268,12 +268,11 @@ def kinds_figure(main: RankSpans) -> Figure | None:
             }
         )
     totals = {name: float(seconds.sum()) for name, seconds in kinds.items()}
-    shapes, notes = [], []
-    for attempt in main.attempts[1:20]:
+    marks = []
+    for attempt in main.attempts[1:8]:
         at_step = f" from step {attempt.restored_step}" if attempt.restored_step is not None else ""
-        shape, note = vertical(attempt.start_s / unit_s, f"attempt {attempt.number + 1}{at_step}")
-        shapes.append(shape)
-        notes.append(note)
+        marks.append(mark(attempt.start_s / unit_s, f"attempt {attempt.number + 1}{at_step}",
+                          end=attempt.start_s > main.wall_s / 2))  # fmt: skip
     return Figure(
         id="kinds",
         title="Where the time went, over the run",
@@ -281,7 +280,7 @@ def kinds_figure(main: RankSpans) -> Figure | None:
         data=data,
         layout=layout(x=unit, y="% of the time", height=320, barmode="stack", bargap=0,
                       hovermode="x unified", yaxis={"range": [0, 100]},
-                      xaxis={"range": [0, main.wall_s / unit_s]}, shapes=shapes, annotations=notes),
+                      xaxis={"range": [0, main.wall_s / unit_s]}, **marked(marks)),
         table=Table(["kind", "time", "share"],
                     [[KIND_NAMES[k], human_seconds(t), percent(t / main.wall_s)] for k, t in totals.items()]),
         wide=True,
@@ -306,8 +305,9 @@ def distribution_figure(main: RankSpans) -> Figure | None:
     counts, edges = np.histogram(np.minimum(step_ms, high), bins=min(60, max(12, len(step_ms) // 20)),
                                  range=(low, high))  # fmt: skip
     median, p90, slowest = float(np.median(step_ms)), float(np.percentile(step_ms, 90)), float(step_ms.max())
-    marks = [vertical(median, "median")] + ([vertical(p90, "p90")] if p90 - median > 0.1 * (high - low) else [])
-    marks[0][1].update(xanchor="right", text="median ")
+    marks = [mark(median, "median ", end=True)]
+    if p90 - median > 0.1 * (high - low):
+        marks.append(mark(p90, " p90"))
     return Figure(
         id="distribution",
         title="Step time",
@@ -328,8 +328,7 @@ def distribution_figure(main: RankSpans) -> Figure | None:
             y="steps",
             bargap=0.02,
             height=260,
-            shapes=[m[0] for m in marks],
-            annotations=[m[1] for m in marks],
+            **marked(marks),
         ),
         table=Table(
             ["", "ms"],

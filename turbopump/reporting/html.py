@@ -47,8 +47,8 @@ def join(parts: Iterable[Html]) -> Html:
     return Html("".join(parts))
 
 
-def table(content: Table, *, caption: str = "", numeric: bool = True) -> Html:
-    """A table; the first column is the row's heading. Wide ones scroll inside their own box."""
+def table(content: Table, *, caption: str = "", numeric: bool = True, whole: bool = False) -> Html:
+    """A table; the first column is the row's heading. Wide ones, and long ones unless `whole`, scroll in their box."""
     if not content.rows:
         return tag("p", "Nothing was measured.", class_="muted")
     head = tag("tr", *(tag("th", cell, scope="col") for cell in content.header))
@@ -58,7 +58,14 @@ def table(content: Table, *, caption: str = "", numeric: bool = True) -> Html:
     ]
     inner = tag("table", tag("caption", caption) if caption else Html(), tag("thead", head), tag("tbody", *body),
                 class_="numbers" if numeric else None)  # fmt: skip
-    return tag("div", inner, class_="scroll", tabindex="0", role="region", aria_label=caption or "table")
+    return tag(
+        "div",
+        inner,
+        class_="scroll whole" if whole else "scroll",
+        tabindex="0",
+        role="region",
+        aria_label=caption or "table",
+    )
 
 
 def figure(content: Figure) -> Html:

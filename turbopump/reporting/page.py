@@ -20,6 +20,7 @@ from turbopump.reporting.words import KIND_NAMES, NOT_MEASURED, headline, memory
 
 _SHOWN_SAMPLES = 6
 _SAMPLE_CHARACTERS = 3000
+_FIRST = 4  # changes shown at once
 
 
 def run_page(run: RunData, summary: Summary) -> bytes:
@@ -106,7 +107,10 @@ def decisions(summary: Summary) -> Html:
     """What limits this run, what to change first."""
     found, limiting = changes(summary), limits(summary)
     left = [tag("li", tag("h3", prose(f.title)), tag("p", prose(f"{f.evidence}. {f.action}"))) for f in limiting]
-    right = tag("ol", *map(change_item, found)) if found else tag("p", prose(nothing_to_change(summary)))
+    right = tag("ol", *map(change_item, found[:_FIRST])) if found else tag("p", prose(nothing_to_change(summary)))
+    if len(found) > _FIRST:
+        more = tag("ol", *map(change_item, found[_FIRST:]), style="margin-top:8px")
+        right = join([right, html.details(f"{len(found) - _FIRST} more", more)])
     return tag(
         "div",
         tag("section", tag("h2", "What limits this run", id="limits-title"),
@@ -123,7 +127,7 @@ def change_item(finding: Finding) -> Html:
         where = "measured in this run" if finding.basis == "this run" else "measured on this machine"
         gain = tag("span", f"saves at most {human_seconds(finding.saves_at_most_s)}", class_="gain", title=where)
     else:
-        gain = tag("span", "gain not measured", class_="gain none")
+        gain = tag("span", "gain not measured", class_="gain none") if finding.about == "time" else Html()
     setting = tag("p", tag("code", finding.setting)) if finding.setting else Html()
     text = f"{finding.evidence} {finding.action}".strip()
     return tag("li", tag("h3", finding.title, gain), tag("p", prose(text)), setting)

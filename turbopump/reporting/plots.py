@@ -144,10 +144,25 @@ def log_ticks(low: float, high: float) -> dict[str, Any]:
     return {"type": "log", "tickvals": ticks, "ticktext": [f"{t:g}" for t in ticks]}
 
 
-def vertical(x: float, text: str) -> tuple[dict[str, Any], dict[str, Any]]:
-    """A dotted vertical line with a small text at its top: (shape, annotation)."""
-    shape = {"type": "line", "x0": x, "x1": x, "y0": 0, "y1": 1, "yref": "paper",
-             "line": {"color": "--muted", "width": 1, "dash": "dot"}}  # fmt: skip
-    note = {"x": x, "y": 1, "yref": "paper", "text": label(text), "showarrow": False, "xanchor": "left",
-            "yanchor": "top", "font": {"size": 11, "color": "--muted"}}  # fmt: skip
+def mark(at: float, text: str, *, end: bool = False) -> tuple[dict[str, Any], dict[str, Any]]:
+    """A dotted vertical line with a small text above the plot, ending or beginning at it: (shape, annotation)."""
+    shape = {
+        "type": "line", "x0": at, "x1": at, "y0": 0, "y1": 1, "yref": "paper",
+        "line": {"color": "--muted", "width": 1, "dash": "dot"},
+    }  # fmt: skip
+    note = {
+        "x": at, "y": 1, "yref": "paper", "text": label(text), "showarrow": False, "yanchor": "bottom",
+        "xanchor": "right" if end else "left", "font": {"size": 11, "color": "--muted"},
+    }  # fmt: skip
     return shape, note
+
+
+def marked(marks: Sequence[tuple[dict[str, Any], dict[str, Any]]]) -> dict[str, Any]:
+    """What a layout needs to show marks, with room for their texts."""
+    if not marks:
+        return {}
+    return {
+        "shapes": [shape for shape, _ in marks],
+        "annotations": [note for _, note in marks],
+        "margin": {"l": 48, "r": 10, "t": 24, "b": 40},
+    }
