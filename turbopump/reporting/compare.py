@@ -19,8 +19,10 @@ from turbopump.reporting.plots import RUN_COLOURS, Figure, Table, Trace, label, 
 from turbopump.reporting.series import sample_rows, thin
 from turbopump.reporting.words import KIND_NAMES, NOT_MEASURED, headline, percent
 
+_TICK_CHARACTERS = 18
 _NOT_COMPARED = ("schema_version", "turbopump_version", "name")
-_ENV_NOT_COMPARED = ("started", "run_id", "host", "pid")
+_ENV_TICK_CHARACTERS = 18
+_NOT_COMPARED = ("started", "run_id", "host", "pid")
 
 
 @dataclass(frozen=True)
@@ -276,7 +278,7 @@ def loss_overlay(runs: Sequence[RunData], comparison: Comparison) -> Figure | No
         step, smoothed, _ = smoothed_loss(run)
         if not np.isfinite(smoothed).any():
             continue
-        data.append(line(*thin(step, smoothed), name=label(name), colour=_colour(i)))
+        data.append(line(*thin(step, smoothed), name=name, colour=_colour(i)))
         rows += [[name, f"{step[k]:,}", f"{smoothed[k]:.4g}"] for k in sample_rows(len(step), 8)]
     if not data:
         return None
@@ -306,7 +308,7 @@ def quality_overlay(runs: Sequence[RunData], comparison: Comparison, *, by_time:
     for i, (run, name) in enumerate(zip(runs, comparison.labels)):
         x, value = _quality_points(run, qualities[0].metric, unit_s if by_time else None)
         if len(x) > 1:
-            data.append(line(x, value, name=label(name), colour=_colour(i), markers=True))
+            data.append(line(x, value, name=name, colour=_colour(i), markers=True))
             rows += [[name, f"{x[k]:,.4g}", f"{value[k]:.4g}"] for k in sample_rows(len(x), 10)]
     if not data:
         return None
@@ -339,7 +341,7 @@ def step_bars(comparison: Comparison) -> Figure | None:
     found = [(n, s.steps.mean, s.steps.mean_s) for n, s in zip(comparison.labels, comparison.summaries) if s.steps]
     if not found:
         return None
-    names = [label(n) for n, _, _ in found]
+    names = _ticks([n for n, _, _ in found])
     data = [stacked_bar(names, [1e3 * getattr(m, p) for _, m, _ in found], p) for p in STEP_FIELDS
             if any(getattr(m, p) > 0 for _, m, _ in found)]  # fmt: skip
     rows = [[n, human_seconds(t), *(human_seconds(getattr(m, p)) for p in STEP_FIELDS)] for n, m, t in found]
@@ -361,7 +363,7 @@ def wall_bars(comparison: Comparison) -> Figure | None:
     if not shares:
         return None
     unit_s, unit = time_unit(max(sum(s.values()) for _, s in shares))
-    names = [label(n) for n, _ in shares]
+    names = _ticks([n for n, _ in shares])
     kinds = [k for k in KIND_NAMES if any(s.get(k, 0.0) > 0 for _, s in shares)]
     data = [stacked_bar(names, [s.get(k, 0.0) / unit_s for _, s in shares], k, unit) for k in kinds]
     rows = [[n, *(human_seconds(s.get(k, 0.0)) for k in kinds)] for n, s in shares]
@@ -375,6 +377,14 @@ def wall_bars(comparison: Comparison) -> Figure | None:
         wide=True,
         legend=True,
     )
+
+
+def _ticks(names: Sequence[str]) -> list[str]:
+    """Names of runs beside bars: cut where a phone has no room for them, numbered where that makes them equal."""
+    short = [name if len(name) <= _TICK_CHARACTERS else name[: _TICK_CHARACTERS - 1] + "…" for name in names]
+    if len(set(short)) < len(short):
+        short = [f"{i + 1}: {name}" for i, name in enumerate(short)]
+    return [label(name) for name in short]
 
 
 def _bars_layout(count: int, unit: str) -> dict[str, Any]:
@@ -392,7 +402,7 @@ def throughput_overlay(runs: Sequence[RunData], comparison: Comparison) -> Figur
     for i, (run, name) in enumerate(zip(runs, comparison.labels)):
         step, rate = run.metrics.progress["step"], run.metrics.progress["units_per_s"]
         if np.isfinite(rate).sum() > 1:
-            data.append(line(*thin(step, rate), name=label(name), colour=_colour(i), width=1.5))
+            data.append(line(*thin(step, rate), name=name, colour=_colour(i), width=1.5))
             rows += [[name, f"{step[k]:,}", human(rate[k])] for k in sample_rows(len(step), 8)]
     if not data:
         return None

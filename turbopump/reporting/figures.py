@@ -65,7 +65,7 @@ def loss_figure(run: RunData) -> Figure | None:
     ]
     eval_step, eval_loss = evaluation_points(run, "loss")
     if len(eval_step):
-        data.append(line(eval_step, eval_loss, name=f"{label(main_split(run) or '')}", colour="--curve2", markers=True))
+        data.append(line(eval_step, eval_loss, name=main_split(run) or "", colour="--curve2", markers=True))
     if not finite.all():
         bad = step[~finite]
         bad = bad[sample_rows(len(bad), 200)]

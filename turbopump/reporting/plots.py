@@ -104,13 +104,13 @@ def line(
     dash: str = "solid",
     unit: str = "",
 ) -> Trace:
-    """A curve of x, y [N]."""
+    """A curve of x, y [N]; `name` is plain text."""
     trace: Trace = {
         "type": "scatter",
         "mode": "lines+markers" if markers else "lines",
         "x": significant(x, 8),
         "y": significant(y),
-        "name": name,
+        "name": label(name),
         "line": {"color": colour, "width": width, "dash": dash},
         "connectgaps": True,
     }
@@ -130,7 +130,7 @@ def points(x: np.ndarray, y: np.ndarray, *, name: str, colour: str, symbol: str 
         "mode": "markers",
         "x": significant(x, 8),
         "y": significant(y),
-        "name": name,
+        "name": label(name),
         "marker": {"color": colour, "size": 9, "symbol": symbol},
         "hovertemplate": "%{x}",
     }
