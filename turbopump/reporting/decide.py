@@ -7,22 +7,23 @@ this machine (rates of `probe`, trials kept in choices.toml); where neither exis
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from turbopump.core.units import human, human_seconds
 from turbopump.reporting.account import Summary, run_shares, table
-from turbopump.reporting.load import measured, number
+from turbopump.reporting.load import measured
 from turbopump.reporting.words import KIND_NAMES, percent
 
 WORTH = 0.02
 
+
 @dataclass(frozen=True)
 class Finding:
     """One decision. `saves_at_most_s` is seconds of this run's wall time, a ceiling; `basis` says where it was
-    measured (`this run`, `this machine`); both None where no measurement supports a figure."""
+    measured (`this run`, `this machine`); both None where no measurement supports a figure. `about` is `time`,
+    `learning`, or `wrong`: something to put right whatever it costs."""
 
     title: str
     evidence: str
@@ -30,6 +31,7 @@ class Finding:
     setting: str | None = None
     saves_at_most_s: float | None = None
     basis: str | None = None
+    about: str = "time"
 
 
 def limits(summary: Summary) -> list[Finding]:
@@ -113,6 +115,7 @@ def _correctness(summary: Summary) -> Iterator[Finding]:
             action="Lower the peak learning rate, lengthen the warm-up, or clip harder, and look at the records of "
             "that step's batch.",
             setting=_settings(summary, "optimizer.lr", "schedule.warmup_steps", "optimizer.clip_norm"),
+            about="wrong",
         )
     speed = summary.speed
     share = speed.compute_share_of_limit
@@ -122,6 +125,7 @@ def _correctness(summary: Summary) -> Iterator[Finding]:
             evidence=f"Forward and backward reach {percent(share)} of it; nothing can pass 100 %.",
             action="Measure the machine again while it is otherwise idle; shares of the limit in this report are "
             "too high until then.",
+            about="wrong",
         )
 
 
@@ -182,7 +186,7 @@ def _time(summary: Summary) -> Iterator[Finding]:
                       "It is paid once an attempt: train longer, or restart less often.", "num_steps")  # fmt: skip
     yield from _idle(summary, wall_s)
     yield from _arithmetic(summary, shares, wall_s)
-    yield from _stragglers(summary, shares)
+    yield from _stragglers(summary)
 
 
 def _idle(summary: Summary, wall_s: float) -> Iterator[Finding]:
@@ -256,7 +260,7 @@ def _arithmetic(summary: Summary, shares: Mapping[str, float], wall_s: float) ->
         )
 
 
-def _stragglers(summary: Summary, shares: Mapping[str, float]) -> Iterator[Finding]:
+def _stragglers(summary: Summary) -> Iterator[Finding]:
     if len(summary.ranks) < 2:
         return
     own_s = {r.rank: r.mean_s - r.mean.exposed_communication for r in summary.ranks}
@@ -268,31 +272,34 @@ def _stragglers(summary: Summary, shares: Mapping[str, float]) -> Iterator[Findi
             f"Without communication its mean step takes {human_seconds(own_s[slowest])}, the median rank's "
             f"{human_seconds(typical_s)} ({own_s[slowest] / typical_s:.2f} times).",
             "Look at what else runs on its device or host, and whether its samples are longer.",
+            None,
+            (own_s[slowest] - typical_s) * summary.num_steps_done,
+            "this run",
         )
 
 
 def faster_dtype(summary: Summary) -> tuple[str, float, str] | None:
-    """A dtype that was measured at least 1.1 times as fast as the one in use: (dtype, ratio, evidence)."""
+    """A dtype that was measured at least 1.1 times as fast as the one in use: (dtype, ratio, evidence).
+
+    None where the dtype was chosen by measurement: that trial has answered the question.
+    """
     used = dtype_in_use(summary)
-    if used is None:
-        return None
-    trials = choice_evidence(summary.choices, used)
-    rates: dict[str, float] = {}
     rows = table(summary.env, "limit").get("rows")
-    for row in rows if isinstance(rows, list) else []:
+    if used is None or table(summary.choices, "precision") or not isinstance(rows, list):
+        return None
+    rates: dict[str, float] = {}
+    for row in rows:
         if isinstance(row, Mapping) and (rate := measured(row.get("flops_per_s"))):
             rates[str(row.get("dtype"))] = max(rate, rates.get(str(row.get("dtype")), 0.0))
-    if trials:  # a trial of the whole step outweighs rates of single operations
+    others = {d: r for d, r in rates.items() if d in ("fp32", "bf16") and d != used}
+    if used not in rates or not others:
         return None
-    allowed = {d: r for d, r in rates.items() if d in ("fp32", "bf16") and d != used}
-    if used not in rates or not allowed:
-        return None
-    best = max(allowed, key=lambda d: allowed[d])
-    ratio = allowed[best] / rates[used]
+    best = max(others, key=lambda d: others[d])
+    ratio = others[best] / rates[used]
     if ratio < 1.1:
         return None
     evidence = (
-        f"The best rate measured on this machine is {human(allowed[best], 'FLOP/s')} in {best} and "
+        f"The best rate measured on this machine is {human(others[best], 'FLOP/s')} in {best} and "
         f"{human(rates[used], 'FLOP/s')} in {used}: {ratio:.2f} times."
     )
     return best, ratio, evidence
@@ -305,25 +312,9 @@ def dtype_in_use(summary: Summary) -> str | None:
         if isinstance(value, str) and value != "auto":
             return value
     observed = summary.env.get("dtype_in_use")
-    if isinstance(observed, list) and observed:
-        return "bf16" if "bf16" in observed else str(observed[0])
-    return None
-
-
-def choice_evidence(choices: Mapping[str, Any], wanted: str) -> dict[str, float]:
-    """Numbers of [precision] in choices.toml whose name or parent names a dtype, e.g. `fp32_step_s = 0.31`."""
-    found: dict[str, float] = {}
-
-    def walk(node: Mapping[str, Any], prefix: str) -> None:
-        for key, value in node.items():
-            name = f"{prefix}.{key}" if prefix else str(key)
-            if isinstance(value, Mapping):
-                walk(value, name)
-            elif any(d in name for d in ("fp32", "bf16")) and math.isfinite(number(value)):
-                found[name] = number(value)
-
-    walk(table(choices, "precision"), "")
-    return found if any(wanted in name for name in found) else {}
+    if isinstance(observed, Mapping) and observed:  # share of the FLOPs by dtype
+        return str(max(observed, key=lambda d: measured(observed[d]) or 0.0))
+    return str(observed[0]) if isinstance(observed, list) and observed else None
 
 
 # ---- learning -------------------------------------------------------------------------------------------------------
@@ -349,6 +340,7 @@ def _learning(summary: Summary) -> Iterator[Finding]:
             f"{quality.last:.4g} at step {quality.last_step}.",
             "Use the checkpoint nearest to its best step, train for fewer steps, or add data.",
             _settings(summary, "num_steps", "optimizer.weight_decay"),
+            about="learning",
         )
         return
     late = [p for p in points if p[0] >= 0.75 * quality.last_step]
@@ -360,6 +352,7 @@ def _learning(summary: Summary) -> Iterator[Finding]:
             f"{late[-1][1]:.4g} at step {late[-1][0]}, the last quarter of the run ({percent(gain)}).",
             "What more steps would bring was not measured.",
             _settings(summary, "num_steps"),
+            about="learning",
         )
 
 
