@@ -171,7 +171,7 @@ def _run_flip_trials(trials: int, seed: int) -> dict[str, Any]:
                 noticed_by_reader, same = True, False
             counts["detected"] += noticed and noticed_by_reader
             counts["harmless"] += same and not noticed
-            counts["undetected"] += not noticed_by_reader and not same or noticed != noticed_by_reader
+            counts["undetected"] += (not noticed_by_reader and not same) or noticed != noticed_by_reader
             file.write_bytes(good)
         assert not verify_checkpoint(path)
         shutil.rmtree(path)

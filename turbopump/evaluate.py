@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import gzip
+import lzma
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from turbopump.core import plugins
 from turbopump.core.checkpoint_store import CheckpointInfo, list_checkpoints
 from turbopump.core.errors import DatasetError, UsageError
-from turbopump.core.files import to_json
+from turbopump.core.files import to_json, write_atomic
 from turbopump.core.rundir import RunDir, open_run
 
 
@@ -22,6 +24,7 @@ class EvaluationResult:
     split: str
     samples: int
     metrics: dict[str, float]
+    yardsticks: dict[str, float] = field(default_factory=dict)  # bits per byte of compressors on the same text
 
 
 def evaluate(
@@ -58,7 +61,17 @@ def evaluate(
         compute=_compute(rundir, config),
     )  # fmt: skip
     samples = min(len(source), max_samples or len(source))
-    return EvaluationResult(str(run), checkpoint.step, split, samples, metrics)
+    yardsticks = compressors(source) if "bits_per_byte" in metrics and samples == len(source) else {}
+    result = EvaluationResult(str(run), checkpoint.step, split, samples, metrics, yardsticks)
+    write_atomic(rundir.evaluation, to_json(result, indent=True))
+    return result
+
+
+def compressors(source: Any) -> dict[str, float]:
+    """Bits per byte that `gzip -9` and `xz -9` need for the text of a split: honest yardsticks of a language model."""
+    text = source.text()
+    sizes = {"gzip -9": len(gzip.compress(text, 9)), "xz -9": len(lzma.compress(text, preset=9))}
+    return {name: 8 * size / len(text) for name, size in sizes.items()}
 
 
 def sample(
@@ -122,4 +135,5 @@ def format_result(result: EvaluationResult, *, as_json: bool = False) -> str:
     if as_json:
         return to_json(result).decode()
     head = f"{result.run} at step {result.step}, split {result.split}, {result.samples:,} samples"
-    return "\n".join([head, *(f"  {name.replace('_', ' '):<18}{value:.4f}" for name, value in result.metrics.items())])
+    yardsticks = [f"  {name + ' (text)':<18}{value:.4f} bits per byte" for name, value in result.yardsticks.items()]
+    return "\n".join([head, *(f"  {name.replace('_', ' '):<18}{value:.4f}" for name, value in result.metrics.items()), *yardsticks])

@@ -10,8 +10,6 @@ from __future__ import annotations
 import itertools
 import multiprocessing
 import os
-import signal
-import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -29,6 +27,7 @@ from turbopump.data.arrays import pack_arrays, read_array_files, rows_of
 from turbopump.data.corpus import BadTextError, Piece
 from turbopump.data.format import DatasetWriter, check_destination
 from turbopump.data.manifest import Field, Manifest
+from turbopump.data.processes import become_helper
 
 PARTITION_BYTES = 1 << 21
 BPE_SAMPLE_BYTES = 8_000_000
@@ -359,16 +358,8 @@ class _Encoder:
 
 
 def _start_worker(parent: int) -> None:
-    """Leave Ctrl-C to the parent, and end with it even if it is killed."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    become_helper(parent)
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the library's own switch; the processes are the parallelism
-    threading.Thread(target=_end_with, args=(parent,), daemon=True).start()
-
-
-def _end_with(parent: int) -> None:
-    while os.getppid() == parent:
-        time.sleep(0.5)
-    os._exit(1)
 
 
 _worker_tokenizer: tuple[bytes, text.Tokenizer] | None = None

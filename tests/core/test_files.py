@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import xxhash
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from turbopump.core import files
@@ -102,6 +102,7 @@ def test_json_of_dataclasses_and_of_garbage():
             files.from_json(bad)
 
 
+@settings(max_examples=50)
 @given(records, st.data())
 def test_a_file_cut_anywhere_gives_all_whole_lines(tmp_path_factory, written, data):
     path = tmp_path_factory.mktemp("lines") / "a.jsonl"
@@ -125,6 +126,7 @@ def with_close(path, written):
     lines.close()
 
 
+@settings(max_examples=50)
 @given(records.filter(bool), st.data())
 def test_a_flipped_byte_costs_at_most_its_own_lines(tmp_path_factory, written, data):
     path = tmp_path_factory.mktemp("lines") / "a.jsonl"

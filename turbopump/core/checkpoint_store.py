@@ -1,41 +1,32 @@
-"""Checkpoints on disk, without torch: what is there, whether it is whole, and how a new one is committed.
+"""Checkpoints on disk, read without torch: what is there, and whether it is whole.
 
     checkpoints/step-00000100/
         rank<r>.safetensors   the tensors and pieces that rank r wrote
         index.json            run id, step, metrics, values; of each tensor the global shape, dtype and pieces
         manifest.json         sizes and XXH3-64 of every file, head and tensor; begins with a digest of its own bytes
 
-A save is staged in `.step-00000100.<token>.partial`, made durable, verified, and becomes visible by one rename.
-Other hidden names: `.replaced` (an older save of the same step, put back if the rename behind it never came),
-`.trash` (being deleted). `<step>.rejected` is a checkpoint that a restore found damaged; it is never deleted.
-XXH3 detects rot, not attackers. Protocol and measurements: reliability notes, sections 0-2.
+Every byte is covered by a digest, and all files are bound to each other, to the step and to the run, so that a
+flipped bit, a short, missing, swapped or older file is found before it is used. XXH3 detects rot, not attackers.
+How these directories come to be: checkpoint_commit.py.
 """
 
 from __future__ import annotations
 
 import math
-import os
 import re
-import secrets
-import shutil
-import time
-from collections.abc import Callable, Iterable, Mapping
-from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from turbopump.core.config import CheckpointConfig
 from turbopump.core.errors import CheckpointError, CorruptCheckpointError, UsageError
-from turbopump.core.files import digest, explain_os_error, from_json, fsync_directory, to_json
+from turbopump.core.files import digest, from_json
 from turbopump.core.tensor_file import FileDigests, Layout, damaged_tensors, hash_file, read_layout, read_tensor
-from turbopump.core.units import human_bytes
-from turbopump.core.version import VERSION
 
 SCHEMA_VERSION = 1
 INDEX, MANIFEST = "index.json", "manifest.json"
 _STEP_NAME = re.compile(r"step-(\d{8,})")
-_HIDDEN_NAME = re.compile(r"\.(step-\d{8,})\.[0-9a-f]+\.(partial|replaced|trash)")
 _RANK_NAME = re.compile(r"rank\d+\.safetensors")
 _SEAL = re.compile(rb'\{"digest":"([0-9a-f]{16})",')
 
@@ -104,9 +95,6 @@ class StoredCheckpoint:
                     )
 
 
-# --- what is there ---------------------------------------------------------------------------------------------------
-
-
 def step_name(step: int) -> str:
     return f"step-{step:08d}"
 
@@ -160,9 +148,6 @@ def find_checkpoint(reference: Path | str) -> Path:
     if not step_text.isdecimal() or int(step_text) not in steps:
         raise UsageError(f"{text} has no checkpoint of step {step_text}: it has {', '.join(map(str, steps))}")
     return steps[int(step_text)]
-
-
-# --- whether it is whole ---------------------------------------------------------------------------------------------
 
 
 def open_checkpoint(path: Path, run_id: str | None = None) -> StoredCheckpoint:
@@ -233,7 +218,7 @@ def tensor_digests(path: Path) -> dict[str, list[str]]:
 
 
 @contextmanager
-def reading(path: Path) -> Any:
+def reading(path: Path) -> Iterator[None]:
     """Turns the operating system's errors while reading into those of checkpoints."""
     try:
         yield
@@ -251,7 +236,7 @@ def _read(path: Path) -> bytes:
 
 
 @contextmanager
-def _well_formed(path: Path) -> Any:
+def _well_formed(path: Path) -> Iterator[None]:
     try:
         yield
     except (KeyError, TypeError, ValueError, AttributeError) as error:
@@ -265,12 +250,6 @@ def _parse_manifest(path: Path) -> dict[str, Any]:
         raise CorruptCheckpointError(f"{path} differs from its own digest")
     with _well_formed(path):
         return dict(from_json(data))
-
-
-def _sealed(content: Mapping[str, Any]) -> bytes:
-    """JSON bytes of `content` that begin with the digest of all bytes behind it."""
-    body = to_json(content)[1:]
-    return b'{"digest":"' + digest(body).encode() + b'",' + body
 
 
 def _piece(value: Mapping[str, Any]) -> Piece:
@@ -308,138 +287,3 @@ def _checked_layout(path: Path, expected: FileDigests) -> Layout:
     if digest(layout.head) != expected.head_xxh3 or set(layout.tensors) != set(expected.tensors):
         raise CorruptCheckpointError(f"{path}: its header differs from its checksum")
     return layout
-
-
-# --- how a new one is committed --------------------------------------------------------------------------------------
-
-
-@contextmanager
-def writing(path: Path, step: int, needed_bytes: int) -> Any:
-    """Turns the operating system's errors while writing into `CheckpointError`; names needed and free bytes."""
-    try:
-        yield
-    except OSError as error:
-        free = ""
-        with suppress(OSError):
-            left = human_bytes(shutil.disk_usage(path).free)
-            free = f" (needed {human_bytes(needed_bytes)}, free {left})"
-        place = Path(error.filename) if isinstance(error.filename, str) else path
-        raise CheckpointError(f"checkpoint of step {step}: {explain_os_error(error, place)}{free}") from error
-
-
-def clear_abandoned(directory: Path) -> list[str]:
-    """Remove what dead attempts left, put back what one was about to replace; returns the names; raises `OSError`.
-
-    Only for the process that holds the run directory: a living attempt's staging directory looks the same.
-    """
-    names = []
-    for path in sorted(directory.iterdir()) if directory.is_dir() else []:
-        match = _HIDDEN_NAME.fullmatch(path.name)
-        if match is None:
-            continue
-        names.append(path.name)
-        if match[2] == "replaced" and not (directory / match[1]).exists():
-            path.rename(directory / match[1])
-            fsync_directory(directory)
-        else:
-            shutil.rmtree(path)
-    return names
-
-
-def stage(directory: Path, step: int, needed_bytes: int) -> Path:
-    """A new staging directory; raises `CheckpointError` before a byte is written if the disk has no room."""
-    staging = directory / f".{step_name(step)}.{secrets.token_hex(4)}.partial"
-    with writing(directory, step, needed_bytes):
-        directory.mkdir(parents=True, exist_ok=True)
-        free = shutil.disk_usage(directory).free
-        if needed_bytes > free:
-            raise CheckpointError(
-                f"checkpoint of step {step}: {directory} has {human_bytes(free)} free, {human_bytes(needed_bytes)} are "
-                "needed: free some space, or keep fewer checkpoints (checkpoint.keep_last, keep_every)"
-            )
-        staging.mkdir()
-    return staging
-
-
-def commit(staging: Path, index: Mapping[str, Any], digests: Mapping[str, FileDigests]) -> CheckpointInfo:
-    """Seal a staged checkpoint whose rank files are durable and verified, and make it visible by one rename.
-
-    `index` holds run_id, step, world_size, metrics, values and tensors. Raises `OSError` or `CheckpointError`.
-    """
-    shared = {"schema_version": SCHEMA_VERSION, "turbopump_version": VERSION}
-    shared |= {key: index[key] for key in ("run_id", "step", "world_size")}
-    index_data = to_json({**shared, **index, "saved_epoch_s": time.time()}, indent=True)
-    token = staging.name.split(".")[2]
-    manifest = {
-        **shared,
-        "token": token,
-        "index": {"num_bytes": len(index_data), "xxh3": digest(index_data)},
-        "files": {name: asdict(d) for name, d in sorted(digests.items())},
-    }
-    _write_durable(staging / INDEX, index_data)
-    _write_durable(staging / MANIFEST, _sealed(manifest))
-    fsync_directory(staging)
-    info = open_checkpoint(staging, index["run_id"]).info
-    final = staging.parent / step_name(index["step"])
-    replaced = _hidden(final, token, "replaced")
-    if final.exists():
-        final.rename(replaced)
-    staging.rename(final)
-    fsync_directory(final.parent)
-    if replaced.exists():
-        shutil.rmtree(replaced)
-    return replace(info, path=final)
-
-
-def remove(path: Path) -> None:
-    """Delete a checkpoint so that a crash leaves it whole or gone; raises `OSError`."""
-    trash = _hidden(path, secrets.token_hex(4), "trash")
-    path.rename(trash)
-    shutil.rmtree(trash)
-
-
-def set_aside(path: Path) -> Path:
-    """Take a damaged checkpoint out of the listing, for people to look at; its new place. Raises `OSError`."""
-    for suffix in ("rejected", *(f"rejected-{n}" for n in range(2, 1000))):
-        target = path.with_name(f"{path.name}.{suffix}")
-        if not target.exists():
-            return path.rename(target)
-    return path
-
-
-def steps_to_keep(infos: Iterable[CheckpointInfo], config: CheckpointConfig) -> set[int]:
-    """Steps that the retention settings keep: the newest, the multiples, the lowest finite loss (newest of equals)."""
-    infos = list(infos)
-    steps = sorted(info.step for info in infos)
-    keep = set(steps[-config.keep_last :])
-    if config.keep_every:
-        keep |= {step for step in steps if step % config.keep_every == 0}
-    losses = {info.step: info.metrics["loss"] for info in infos if info.metrics and "loss" in info.metrics}
-    finite = {step: loss for step, loss in losses.items() if loss is not None and math.isfinite(loss)}
-    if config.keep_best and finite:
-        keep.add(min(finite, key=lambda step: (finite[step], -step)))
-    return keep
-
-
-def prune(directory: Path, config: CheckpointConfig, warn: Callable[[str], None]) -> None:
-    """Delete whole checkpoints that the settings do not keep; one that cannot be deleted is warned about."""
-    infos = [info for info in list_checkpoints(directory) if info.problem is None]
-    keep = steps_to_keep(infos, config)
-    for info in infos:
-        if info.step in keep:
-            continue
-        try:
-            remove(info.path)
-        except OSError as error:
-            warn(f"old checkpoint {info.path} could not be deleted and keeps its space: {error.strerror or error}")
-
-
-def _hidden(path: Path, token: str, suffix: str) -> Path:
-    return path.with_name(f".{path.name}.{token}.{suffix}")
-
-
-def _write_durable(path: Path, data: bytes) -> None:
-    with open(path, "xb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())

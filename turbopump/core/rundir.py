@@ -48,6 +48,11 @@ class RunDir:
         return self.path / "logs"
 
     @property
+    def evaluation(self) -> Path:
+        """The last result of the verb `evaluate`."""
+        return self.path / "evaluation.json"
+
+    @property
     def samples(self) -> Path:
         return self.path / "samples.jsonl"
 

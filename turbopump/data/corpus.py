@@ -18,6 +18,7 @@ from turbopump.core.errors import DatasetError, UsageError
 from turbopump.core.files import digest
 
 STDLIB = "stdlib"
+INSTALLED = ("site-packages", "dist-packages")
 PIECE_BYTES = 1 << 22  # a longer file is read and encoded in pieces cut at line ends
 FEW_DOCUMENTS = 20  # with fewer documents than this, the end of each is held out instead of whole documents
 CUT_SEARCH_BYTES = 1 << 16
@@ -75,9 +76,8 @@ def find_files(
 def stdlib_files() -> list[TextFile]:
     """The sources of Python's own standard library, without installed packages, by name."""
     root = Path(sysconfig.get_paths()["stdlib"])
-    installed = {"site-packages", "dist-packages"}
-    paths = [p for p in _walk(root, None) if p.suffix == ".py" and not installed & set(p.relative_to(root).parts)]
-    files = [TextFile(p, p.relative_to(root).as_posix(), p.stat().st_size) for p in paths]
+    paths = (path for path in _walk(root, None, INSTALLED) if path.suffix == ".py")
+    files = [TextFile(path, path.relative_to(root).as_posix(), path.stat().st_size) for path in paths]
     if not files:
         raise DatasetError(f"no Python sources at {root} (the standard library is zipped or stripped here)")
     return [file for file in files if file.size]
@@ -98,13 +98,15 @@ def _expand(source: str, exclude: Path | None) -> Iterator[tuple[Path, Path]]:
         raise UsageError(f"no file or folder {source[:100]!r}: give files, folders, patterns or `{STDLIB}`{hint}")
 
 
-def _walk(root: Path, exclude: Path | None) -> Iterator[Path]:
+def _walk(root: Path, exclude: Path | None, skip: Sequence[str] = ()) -> Iterator[Path]:
+    """Files below `root` by name; without hidden ones, `__pycache__`, folders named in `skip`, and `exclude` itself."""
     excluded = exclude.resolve() if exclude is not None else None
     for folder, folders, names in os.walk(root):
         here = Path(folder)
         folders[:] = sorted(
             name for name in folders
-            if not name.startswith(".") and name != "__pycache__" and (here / name).resolve() != excluded
+            if not name.startswith(".") and name not in ("__pycache__", *skip)
+            and (excluded is None or (here / name).resolve() != excluded)
         )  # fmt: skip
         for name in sorted(names):
             if not name.startswith(".") and (here / name).is_file():

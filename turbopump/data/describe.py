@@ -68,5 +68,7 @@ def _sample(dataset: Dataset, name: str) -> str:
     for number, field in enumerate(dataset.manifest.fields):
         column = dataset.column(name, 0, number)
         column.check_rows(first, first)
-        rows.append(f"{field.name} = {np.array2string(column.values[0], threshold=16, edgeitems=3)}")
+        values = column.values[0].ravel()
+        more = ", ..." if len(values) > 8 else ""
+        rows.append(f"{field.name} {list(field.shape)}: {', '.join(map(str, values[:8].tolist()))}{more}")
     return "\n".join(rows)

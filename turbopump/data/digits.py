@@ -27,7 +27,7 @@ def open_digits(config: DigitsConfig, split: str) -> DigitsSource:
     except ImportError as error:
         raise MissingDependencyError("scikit-learn", "digits", "the digits dataset") from error
     data = load_digits()
-    held_out = np.arange(len(data.target)) % 5 == 4
+    held_out = np.arange(len(data.target)) % 5 == 0
     mine = held_out if split == "validation" else ~held_out
     images = (data.images[mine, None] / 8.0 - 1.0).astype(np.float32)
     return DigitsSource(images, data.target[mine].astype(np.int64), config.shift if split == "train" else 0, split)

@@ -75,7 +75,7 @@ class Column:
     def check_block(self, block: int) -> None:
         begin = block * self._block_bytes
         data = self._bytes[begin : begin + self._block_bytes]
-        if digest(memoryview(data)) != self._checksums[block]:
+        if digest(data.data) != self._checksums[block]:
             raise CorruptDataError(
                 f"{self.path}: block {block} of {self._name!r} (bytes {begin} to {begin + len(data)} of its values) "
                 f"differs from its checksum: restore the file from a copy or pack the dataset again"
@@ -227,6 +227,7 @@ class DatasetWriter:
         self._splits: dict[str, _Pending] = {}
         self._overwrite = overwrite
         check_destination(self.path, overwrite)
+        self._lock: int | None
         self._staging, self._lock = _make_staging(self.path)
 
     def append(
@@ -275,7 +276,7 @@ class DatasetWriter:
             for name, p in sorted(self._splits.items())
         }  # fmt: skip
         manifest = Manifest(self.kind, self._block_bytes, self.fields, splits, tokenizer, tuple(sources), skipped)
-        write_atomic(self._staging / MANIFEST_NAME, manifest.to_json())
+        write_atomic(self._staging / MANIFEST_NAME, manifest.dumps())
         self._move_in_place()
         return manifest
 
@@ -294,7 +295,7 @@ class DatasetWriter:
             offsets = _write_arrow(file, self.fields, values)
             columns = []
             for offset, array in zip(offsets, values, strict=True):
-                raw = memoryview(array.reshape(-1).view(np.uint8))
+                raw = array.reshape(-1).view(np.uint8).data
                 blocks = range(0, len(raw), self._block_bytes)
                 checksums = tuple(digest(raw[begin : begin + self._block_bytes]) for begin in blocks)
                 columns.append(ColumnEntry(offset, len(raw), checksums))
@@ -344,9 +345,7 @@ def check_destination(path: Path, overwrite: bool) -> None:
         raise UsageError(f"{path} is a file: give a folder for the dataset")
     if (path / MANIFEST_NAME).exists():
         if not overwrite:
-            raise UsageError(
-                f"{path} already holds a dataset: choose another destination, or overwrite it (--overwrite)"
-            )
+            raise UsageError(f"{path} already holds a dataset: choose another destination or pass --overwrite")
     elif any(path.iterdir()):
         raise UsageError(f"{path} is a folder with other files in it: choose another destination")
 

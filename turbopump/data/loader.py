@@ -9,6 +9,7 @@ its step without reading anything before it. With workers, torch's `DataLoader` 
 from __future__ import annotations
 
 import multiprocessing
+import os
 import random
 import signal
 import threading
@@ -16,6 +17,7 @@ import weakref
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from types import TracebackType
 from typing import Any, Literal
 
@@ -27,6 +29,7 @@ from turbopump.core import errors
 from turbopump.core.config import nearest_multiples
 from turbopump.core.errors import ConfigError, DatasetError, SampleError, TurbopumpError, UsageError
 from turbopump.data.order import Order, sample_key
+from turbopump.data.processes import become_helper
 
 Randomness = Literal["auto", "none", "seeded"]
 _NO_END = 1 << 62
@@ -153,7 +156,7 @@ def evaluation_batches(
 ) -> Iterator[Any]:
     """Batches of up to `batch` samples in order; the ranks read disjoint contiguous parts that cover everything.
 
-    `max_samples` 0 reads all. What is random in a sample is keyed as in epoch 0 of seed 0, so every evaluation is alike.
+    `max_samples` 0 reads all. What is random in a sample is keyed by its index alone, so every evaluation is alike.
     """
     size = _checked_size(source)
     size = min(size, max_samples) if max_samples else size
@@ -308,7 +311,7 @@ class _Workers:
                     num_workers=num_workers,
                     prefetch_factor=prefetch_steps,
                     collate_fn=_as_it_is,
-                    worker_init_fn=_start_worker,
+                    worker_init_fn=partial(_start_worker, os.getpid()),
                     multiprocessing_context="fork",
                     pin_memory=pin_memory,
                     generator=torch.Generator(),  # its base seed is not drawn from the training process's generator
@@ -340,11 +343,8 @@ def _as_it_is(value: Any) -> Any:
     return value
 
 
-def _start_worker(worker: int) -> None:
-    """Signals are the training process's business: it finishes its step, then ends the workers."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT, signal.SIGTERM})
+def _start_worker(parent_pid: int, worker: int) -> None:
+    become_helper(parent_pid)
 
 
 def _kill_all(processes: Sequence[Any]) -> None:

@@ -28,7 +28,7 @@ from turbopump.core.version import VERSION
 SCHEMA_VERSION = 1
 MANIFEST_NAME = "manifest.json"
 DTYPES = ("uint8", "uint16", "uint32", "uint64", "int8", "int16", "int32", "int64", "float16", "float32", "float64")
-_ITEM_BYTES = {name: int(name.lstrip("uintfloat")) // 8 for name in DTYPES}
+_ITEM_BYTES = {name: int("".join(filter(str.isdigit, name))) // 8 for name in DTYPES}
 
 
 @dataclass(frozen=True)
@@ -101,17 +101,17 @@ class Manifest:
         return sum(split.rows for split in self.splits.values())
 
     @property
-    def bytes(self) -> int:
-        """Bytes of all shards on disk."""
-        return sum(shard.bytes for split in self.splits.values() for shard in split.shards)
-
-    @property
     def digest(self) -> str:
         """XXH3-64 of everything the manifest says, and with it of all the data (it holds their digests)."""
         return digest(to_json(dataclasses.asdict(self)))
 
-    def to_json(self) -> bytes:
+    def dumps(self) -> bytes:
         return to_json({**dataclasses.asdict(self), "digest": self.digest}, indent=True)
+
+    @property
+    def bytes(self) -> int:
+        """Bytes of all shards on disk."""
+        return sum(shard.bytes for split in self.splits.values() for shard in split.shards)
 
 
 def read_manifest(path: Path) -> Manifest:
@@ -143,7 +143,7 @@ def read_manifest(path: Path) -> Manifest:
         raise CorruptDataError(f"{file} is damaged: its content differs from its own digest; pack the dataset again")
     try:
         return _parse(table)
-    except (KeyError, TypeError, ValueError) as error:
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise CorruptDataError(f"{file} is not usable: {error!r}; pack the dataset again") from error
 
 
@@ -163,9 +163,11 @@ def _parse(table: dict[str, Any]) -> Manifest:
         raise ValueError("no fields or block_bytes of 0")
     splits = {_file_name(name): _split(entry, fields, block_bytes) for name, entry in table["splits"].items()}
     entry = table["tokenizer"]
-    tokenizer = entry and TokenizerEntry(
-        _text(entry["kind"]), _count(entry["vocab_size"]), _file_name(entry["file"]), _text(entry["digest"])
-    )
+    tokenizer = None
+    if entry is not None:
+        tokenizer = TokenizerEntry(
+            _text(entry["kind"]), _count(entry["vocab_size"]), _file_name(entry["file"]), _text(entry["digest"])
+        )
     return Manifest(
         _text(table["kind"]), block_bytes, fields, splits, tokenizer, tuple(map(_text, table["sources"])),
         _count(table["skipped"]), SCHEMA_VERSION, _text(table["turbopump_version"]),

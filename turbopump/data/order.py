@@ -92,13 +92,19 @@ class Order:
     """The global batch of each step. Holds only the block of steps last asked for."""
 
     def __init__(
-        self, n: int, global_batch: int, *, order: Literal["shuffle", "sequential"] = "shuffle", seed: int = 0
+        self,
+        n: int,
+        global_batch: int,
+        *,
+        order: Literal["shuffle", "sequential"] = "shuffle",
+        seed: int = 0,
+        block_places: int = _BLOCK_PLACES,
     ) -> None:
         self.n = n
         self.global_batch = global_batch
         self.order = order
         self.seed = seed
-        self._block_steps = max(1, _BLOCK_PLACES // global_batch)
+        self._block_steps = max(1, block_places // global_batch)
         self._block = -1
         self._epochs = self._indices = np.empty((0, global_batch), np.int64)
 
@@ -131,4 +137,4 @@ def step_ids(
     step: int, *, n: int, global_batch: int, order: Literal["shuffle", "sequential"] = "shuffle", seed: int = 0
 ) -> tuple[np.ndarray, np.ndarray]:
     """Epochs and sample indices of one step (from 0), each int64 [global_batch]: a pure function of its arguments."""
-    return Order(n, global_batch, order=order, seed=seed).step_ids(step)
+    return Order(n, global_batch, order=order, seed=seed, block_places=1).step_ids(step)

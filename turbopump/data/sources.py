@@ -60,6 +60,7 @@ class TokensSource:
         self.name = f"tokens {config.path} ({split})"
         self.seq_len = config.seq_len
         self._dataset = _open_kind(config.path, "tokens")
+        self.digest = self._dataset.manifest.digest
         entry = self._dataset.split(split)
         self.num_tokens = entry.rows
         self._len = max(0, (entry.rows - 1) // config.seq_len)
@@ -133,6 +134,16 @@ class TokensSource:
     def decode(self, ids: Sequence[int] | np.ndarray) -> str:
         return self.tokenizer.decode(ids)
 
+    def text(self) -> bytes:
+        """The whole text of the split in UTF-8, documents end to end: what a compressor would be given."""
+        parts = []
+        for shard in range(len(self._bounds) - 1):
+            column = self._dataset.column(self._split, shard)
+            if len(column.values):
+                column.check_rows(np.array([0]), np.array([len(column.values) - 1]))
+            parts.append(column.values[column.values != self.tokenizer.separator])
+        return self.tokenizer.decode(np.concatenate(parts)).encode()
+
     def __reduce__(self) -> tuple[Any, ...]:  # a memory map does not travel: the other process opens its own
         return TokensSource, (self._config, self._split)
 
@@ -154,6 +165,7 @@ class ArraysSource:
         self._config, self._split = config, split
         self.name = f"arrays {config.path} ({split})"
         self._dataset = _open_kind(config.path, "arrays")
+        self.digest = self._dataset.manifest.digest
         self._bounds = self._dataset.row_bounds(split)
         self.fields = self._dataset.manifest.fields
 

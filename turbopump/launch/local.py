@@ -232,17 +232,20 @@ def _signals(watch: Watch) -> Iterator[None]:
 
 @contextmanager
 def _quiet_agent() -> Iterator[None]:
-    """The agent logs a traceback for each rank that ends badly; the launcher says it in one line."""
-    prefix = "torch.distributed.elastic"
-    loggers = [logging.getLogger(name) for name in list(logging.root.manager.loggerDict) if name.startswith(prefix)]
-    levels = [logger.level for logger in loggers]
+    """The agent logs a traceback for each rank that ends badly, and events; the launcher says it in one line."""
+
+    def drop(_: logging.LogRecord) -> bool:
+        return False
+
+    names = [name for name in logging.root.manager.loggerDict if name.startswith("torch.distributed.elastic")]
+    loggers = [logging.getLogger(name) for name in [*names, "torchelastic-events-null"]]
     for logger in loggers:
-        logger.setLevel(logging.CRITICAL + 1)
+        logger.addFilter(drop)  # not a level: the agent sets levels itself, late
     try:
         yield
     finally:
-        for logger, level in zip(loggers, levels):
-            logger.setLevel(level)
+        for logger in loggers:
+            logger.removeFilter(drop)
 
 
 def _make(log_dir: Path) -> None:

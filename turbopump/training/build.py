@@ -139,7 +139,7 @@ def build_state(config: Config, task: Task, run: Run) -> TrainState:
     model.train()
     _check_vocabulary(config, task)
     compute = choose_compute(config, run)
-    common = {"rank": run.rank, "world_size": run.world_size}
+    common: dict[str, Any] = {"rank": run.rank, "world_size": run.world_size}
     loader = Loader(
         task.train_source, global_batch=config.global_batch, microbatch=config.microbatch, order=config.loader.order,
         seed=config.seed, num_steps=config.num_steps, num_workers=config.loader.num_workers,
@@ -187,7 +187,7 @@ def measure_speed(config: Config, task: Task, run: Run, state: TrainState) -> Sp
     observed_flops = observed.total() / samples * config.global_batch
     workload = task.workload(config.global_batch, compute) if task.workload is not None else None
     flops = workload.cost.flops if workload is not None else observed_flops
-    limit = None
+    limit: dict[str, Any] | None = None
     if config.logging.limit_s:
         peak = measure_peak(compute, device=run.device.type, budget_s=config.logging.limit_s)
         limit = {"flops_per_s": peak.flops_per_s * run.world_size, "dtype": compute, "route": peak.route,

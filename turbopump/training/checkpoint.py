@@ -4,7 +4,8 @@
 all that training waits for), and a thread writes, verifies and commits it. All ranks take part in every save and
 learn its outcome together: `poll`, once a step, raises on all of them at the same step if it failed on any.
 `restore` takes the newest checkpoint of which every byte it reads is as written, and says what it passed over.
-Format and commit protocol: core/checkpoint_store.py. Sharding: checkpoint_shards.py. Messages: checkpoint_ranks.py.
+Format: core/checkpoint_store.py. Commit: core/checkpoint_commit.py. Beside this file: which rank writes what
+(_shards), what ranks tell each other (_ranks), reading without a run (_reading).
 """
 
 from __future__ import annotations
@@ -23,10 +24,11 @@ from typing import Any, Protocol
 
 import torch
 
+from turbopump.core import checkpoint_commit as committing
 from turbopump.core import checkpoint_store as store
 from turbopump.core.config import CheckpointConfig
-from turbopump.core.errors import CheckpointError, CorruptCheckpointError, UsageError
-from turbopump.core.files import digest, to_json
+from turbopump.core.errors import CheckpointError, CorruptCheckpointError
+from turbopump.core.files import digest, from_json, to_json
 from turbopump.core.tensor_file import (
     PAGE_BYTES,
     FileDigests,
@@ -34,12 +36,11 @@ from turbopump.core.tensor_file import (
     image_bytes,
     plan_layout,
     read_back,
-    read_layout,
-    read_tensor,
     write_image,
 )
 from turbopump.core.version import VERSION
 from turbopump.training.checkpoint_ranks import Ranks, Vote
+from turbopump.training.checkpoint_reading import RANK_KEY, read_checkpoint, read_weights
 from turbopump.training.checkpoint_shards import (
     DTYPES,
     Box,
@@ -51,11 +52,9 @@ from turbopump.training.checkpoint_shards import (
     read_like,
 )
 
-list_checkpoints = store.list_checkpoints
-latest = store.latest
+__all__ = ["Checkpoints", "SavedCheckpoint", "latest", "list_checkpoints", "read_checkpoint", "read_weights"]
 
-_MODEL = "model."
-_RANK_KEY = "turbopump_rank"  # marks a file that is only one rank's share of a checkpoint
+latest, list_checkpoints = store.latest, store.list_checkpoints
 _INDEX_SLACK_BYTES = 1 << 20  # room on the disk for index and manifest, besides 1 KiB a tensor
 
 
@@ -110,7 +109,7 @@ class _Flight:
         self.step, self.stall_s = job.step, 0.0
         self.write_s = self.cpu_s = 0.0
         self.info: store.CheckpointInfo | None = None
-        self.error: Exception | None = None
+        self.error: BaseException | None = None
         self._job, self._write = job, write
         # A daemon: a second Ctrl-C need not wait for the disk; what it leaves is a staging directory.
         self.thread = threading.Thread(target=self._run, name="checkpoint-writer", daemon=True)
@@ -120,7 +119,7 @@ class _Flight:
         begin = time.perf_counter()
         try:
             self.info = self._write(self._job)
-        except Exception as error:
+        except BaseException as error:  # raised again, on the main thread, by `_land`
             self.error = error
         self.write_s, self.cpu_s = time.perf_counter() - begin, time.thread_time()
 
@@ -158,9 +157,9 @@ class Checkpoints:
         self._share: tuple[str, _Share] | None = None
         self._image = torch.empty(0, dtype=torch.uint8)
         if rank == 0:
-            with store.writing(self.directory, 0, 0):
+            with committing.writing(self.directory, 0, 0):
                 self.directory.mkdir(parents=True, exist_ok=True)
-                store.clear_abandoned(self.directory)
+                committing.clear_abandoned(self.directory)
 
     # --- when and what -----------------------------------------------------------------------------------------------
 
@@ -223,7 +222,7 @@ class Checkpoints:
             self._land()
             self._time_is_due.withdraw()
         finally:
-            self._image = torch.empty(0, dtype=torch.uint8)
+            self._share, self._image = None, torch.empty(0, dtype=torch.uint8)
 
     def _land(self) -> None:
         flight = self._flight
@@ -247,6 +246,8 @@ class Checkpoints:
         tensors = state.checkpoint_tensors()
         share = self._prepare(tensors)
         for name, entry in share.layout.tensors.items():
+            if entry.begin == entry.end:
+                continue
             part = self._image[entry.begin : entry.end].view(DTYPES[entry.dtype]).view(entry.shape)
             part.copy_(local_data(tensors[name]), non_blocking=True)
         if self._image.is_pinned():
@@ -254,7 +255,7 @@ class Checkpoints:
         values = state.checkpoint_values()
         check_json_able(values)
         plain = {key: float(value) for key, value in metrics.items()} if metrics is not None else None
-        return _Job(state.step, share, flat_bytes(self._image), values, plain)
+        return _Job(state.step, share, flat_bytes(self._image), from_json(to_json(values)), plain)
 
     def _prepare(self, tensors: Mapping[str, torch.Tensor]) -> _Share:
         """This rank's share, and a host buffer for it, both kept while the tensors stay of the same kinds."""
@@ -264,7 +265,7 @@ class Checkpoints:
             return self._share[1]
         boxes = plan_boxes(tensors, self._ranks.rank, self._ranks.world_size)
         metadata = {"format": "pt", "turbopump_version": VERSION, "run_id": self.run_id,
-                    _RANK_KEY: f"{self._ranks.rank} of {self._ranks.world_size}"}  # fmt: skip
+                    RANK_KEY: f"{self._ranks.rank} of {self._ranks.world_size}"}  # fmt: skip
         layout = plan_layout({name: (box.dtype, box.shape) for name, box in boxes.items()}, metadata)
         self._image = _page_aligned(image_bytes(layout), pinned=any(t.is_cuda for t in tensors.values()))
         self._image[: len(layout.head)] = torch.frombuffer(bytearray(layout.head), dtype=torch.uint8)
@@ -284,12 +285,12 @@ class Checkpoints:
         needed_bytes = sum(plan["bytes"] + 1024 * plan["boxes"] for plan in plans) + _INDEX_SLACK_BYTES
 
         def stage() -> str:
-            return store.stage(self.directory, job.step, needed_bytes).name
+            return committing.stage(self.directory, job.step, needed_bytes).name
 
         staging = self.directory / self._writers.attempt(stage if leader else None)[0]
 
         def write() -> dict[str, Any]:
-            with store.writing(staging, job.step, needed_bytes):
+            with committing.writing(staging, job.step, needed_bytes):
                 digests = write_image(staging / file_name, job.share.layout, job.image)
                 read_back(staging / file_name, digests.xxh3)
             return {"digests": asdict(digests), "boxes": {name: asdict(box) for name, box in job.share.boxes.items()}}
@@ -298,9 +299,9 @@ class Checkpoints:
             reports = self._writers.attempt(write)
 
             def commit() -> dict[str, Any]:
-                with store.writing(self.directory, job.step, needed_bytes):
-                    info = store.commit(staging, self._index(job, reports), _digests(reports))
-                store.prune(self.directory, self.config, self._warn)
+                with committing.writing(self.directory, job.step, needed_bytes):
+                    info = committing.commit(staging, self._index(job, reports), _digests(reports))
+                committing.prune(self.directory, self.config, self._warn)
                 return {"path": str(info.path), "num_bytes": info.num_bytes}
 
             committed = self._writers.attempt(commit if leader else None)[0]
@@ -351,7 +352,7 @@ class Checkpoints:
         for bad, reason in skipped if leader else ():
             place = self.directory / store.step_name(bad)
             with suppress(OSError):
-                place = store.set_aside(place)
+                place = committing.set_aside(place)
             self._warn(f"the checkpoint of step {bad} was passed over ({reason}); it is kept as {place}. Going on from "
                        f"step {step}: the {bad - (step or 0)} steps between are done again")  # fmt: skip
         self._last_step = step
@@ -372,38 +373,6 @@ class Checkpoints:
         return tensors, stored.values
 
 
-def read_checkpoint(path: Path | str) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
-    """All tensors of a checkpoint, whole and on the CPU, and its values; every byte is verified.
-
-    Raises `CorruptCheckpointError` naming file and tensor.
-    """
-    stored = store.open_checkpoint(Path(path))
-    stored.check_files()
-    return {name: read_full(stored, name) for name in stored.tensors}, stored.values
-
-
-def read_weights(path: Path | str) -> dict[str, torch.Tensor]:
-    """The weights of `RUN`, `RUN@STEP`, a checkpoint or a plain safetensors file, named as in the model's state dict.
-
-    Raises `UsageError` where there are none, `CorruptCheckpointError` where they are damaged.
-    """
-    if not Path(path).is_file():
-        stored = store.open_checkpoint(store.find_checkpoint(path))
-        stored.check_files()
-        names = [name for name in stored.tensors if name.startswith(_MODEL)]
-        return {name.removeprefix(_MODEL): read_full(stored, name) for name in names}
-    path = Path(path)
-    with store.reading(path):
-        layout = read_layout(path)
-        if _RANK_KEY in layout.metadata:
-            raise UsageError(f"{path} is one rank's part of a checkpoint: give the directory {path.parent}")
-        tensors = {}
-        for name, entry in layout.tensors.items():
-            tensors[name] = torch.empty(entry.shape, dtype=DTYPES[entry.dtype])
-            read_tensor(path, name, entry, flat_bytes(tensors[name]), None)
-    return tensors
-
-
 def check_json_able(value: Any, where: str = "values") -> None:
     """Raise `CheckpointError` for what JSON would not give back as it was; tuples come back as lists."""
     if value is None or isinstance(value, (bool, str)):
@@ -419,8 +388,10 @@ def check_json_able(value: Any, where: str = "values") -> None:
         for key, item in value.items():
             check_json_able(item, f"{where}.{key}")
     else:
-        raise CheckpointError(f"{where} ({value!r:.80}) cannot be kept in a checkpoint: values are finite numbers of 64 "
-                              "bits, strings, booleans, None, and lists and dicts (with string keys) of them")  # fmt: skip
+        raise CheckpointError(
+            f"{where} ({value!r:.80}) cannot be kept in a checkpoint: values are finite numbers of 64 bits, strings, "
+            "booleans, None, and lists and dicts (with string keys) of them"
+        )
 
 
 def _digests(reports: list[dict[str, Any]]) -> dict[str, FileDigests]:

@@ -9,16 +9,19 @@ or not, read each other's checkpoints.
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, TypeGuard
 
 import torch
-from torch.distributed.tensor import DTensor, Partial, Replicate
-from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
 from turbopump.core.checkpoint_store import StoredCheckpoint, StoredTensor
 from turbopump.core.errors import CheckpointError, CorruptCheckpointError
 from turbopump.core.tensor_file import tensor_bytes
+
+if TYPE_CHECKING:
+    from torch.distributed.tensor import DTensor
 
 DTYPE_NAMES = {
     torch.float32: "F32", torch.float64: "F64", torch.float16: "F16", torch.bfloat16: "BF16", torch.complex64: "C64",
@@ -48,7 +51,7 @@ def plan_boxes(tensors: Mapping[str, torch.Tensor], rank: int, world_size: int) 
             raise CheckpointError(f"tensor {name!r} ({tensor.dtype}, {tensor.layout}) has no place in safetensors: "
                                   "keep it out of the checkpoint, or as dense numbers of another dtype")  # fmt: skip
         shape, dtype = tuple(tensor.shape), DTYPE_NAMES[tensor.dtype]
-        if not isinstance(tensor, DTensor):
+        if not is_sharded(tensor) or not tensor.numel():
             replicated[name] = Box(shape, dtype, (0,) * len(shape), shape)
         elif _writes(tensor, ordinal, name):
             local_shape, offsets = local_box(tensor)
@@ -57,15 +60,23 @@ def plan_boxes(tensors: Mapping[str, torch.Tensor], rank: int, world_size: int) 
     return boxes | {name: replicated[name] for name in _dealt(replicated, rank, world_size)}
 
 
+def is_sharded(tensor: torch.Tensor) -> TypeGuard[DTensor]:
+    """Whether `tensor` is a DTensor; without the 0.6 s that importing DTensor takes where nobody has made one."""
+    module = sys.modules.get("torch.distributed.tensor")
+    return module is not None and isinstance(tensor, module.DTensor)
+
+
 def local_box(tensor: DTensor) -> tuple[tuple[int, ...], tuple[int, ...]]:
     """Shape and global offsets of the part of `tensor` that this rank holds."""
+    from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+
     shape, offsets = compute_local_shape_and_global_offset(tensor.shape, tensor.device_mesh, tensor.placements)
     return tuple(shape), tuple(offsets)
 
 
 def local_data(tensor: torch.Tensor) -> torch.Tensor:
     tensor = tensor.detach()
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+    return tensor.to_local() if is_sharded(tensor) else tensor
 
 
 def read_full(stored: StoredCheckpoint, name: str) -> torch.Tensor:
@@ -78,8 +89,10 @@ def read_full(stored: StoredCheckpoint, name: str) -> torch.Tensor:
 
 def read_like(stored: StoredCheckpoint, name: str, template: torch.Tensor) -> torch.Tensor:
     """A whole tensor or, where `template` is a DTensor, this rank's part placed like it; verified."""
-    if not isinstance(template, DTensor):
+    if not is_sharded(template):
         return read_full(stored, name)
+    from torch.distributed.tensor import DTensor
+
     shape, offsets = local_box(template)
     local = torch.empty(shape, dtype=template.dtype)
     _fill(local, offsets, stored, name)
@@ -103,11 +116,13 @@ def differences(stored: Mapping[str, StoredTensor], tensors: Mapping[str, torch.
 
 def flat_bytes(tensor: torch.Tensor) -> memoryview:
     """The memory of a contiguous CPU tensor."""
-    return memoryview(tensor.reshape(-1).view(torch.uint8).numpy())
+    return tensor.reshape(-1).view(torch.uint8).numpy().data
 
 
 def _writes(tensor: DTensor, ordinal: int, name: str) -> bool:
     """Of equal replicas one writes; which one turns with the tensor, so that the work is spread."""
+    from torch.distributed.tensor import Partial, Replicate
+
     coordinate = tensor.device_mesh.get_coordinate()
     if any(isinstance(placement, Partial) for placement in tensor.placements):
         raise CheckpointError(f"tensor {name!r} is a partial sum: reduce it before it is stored")

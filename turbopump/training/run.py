@@ -28,7 +28,7 @@ from turbopump.core.spans import Spans
 from turbopump.hardware import detect
 from turbopump.training.checkpoint import Checkpoints
 from turbopump.training.metrics import JsonLogger, Logger, StepLosses, TerminalLogger
-from turbopump.training.prepare import attempt_identity
+from turbopump.training.prepare import attempt_identity, write_config
 from turbopump.training.speed import Speed
 from turbopump.training.state import BufferGuard, TrainState
 
@@ -64,6 +64,8 @@ class Run:
         self.rank, self.world_size = place.rank, place.world_size
         torch.set_num_threads(launch.threads or max(1, detect.num_cores() // place.local_world_size))
         self._lock: IO[str] | None = self.rundir.lock() if self.rank == 0 else None
+        if self.rank == 0:
+            write_config(self.config, self.rundir)
         identity: dict[str, Any] = attempt_identity(self.rundir) if self.rank == 0 else {}
         identity = process_group.broadcast_json(identity)
         self.run_id, self.attempt = identity["run_id"], identity["attempt"]
@@ -221,6 +223,8 @@ class Run:
 
     def _install_signals(self) -> None:
         def handle(number: int, _: FrameType | None) -> None:
+            if self._signal and self.world_size > 1:
+                return  # whoever launched the ranks ends them at the second signal; it may reach a rank twice
             if self._signal:
                 signal.signal(number, signal.SIG_DFL)
                 signal.raise_signal(number)

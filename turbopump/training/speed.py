@@ -34,6 +34,8 @@ class Speed:
         units_per_s = self._units / self._steps_s if self._steps_s else 0.0
         flops_per_s = self.flops_per_sample * self.global_batch / step_s if self.flops_per_sample and step_s else None
         self._steps_s, self._num_steps, self._units = 0.0, 0, 0.0
+        if flops_per_s and self.limit_flops_per_s:  # what the run itself reached, the machine can do
+            self.limit_flops_per_s = max(self.limit_flops_per_s, flops_per_s)
         return {
             "step_s": step_s,
             "units_per_s": units_per_s,

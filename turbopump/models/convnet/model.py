@@ -77,7 +77,7 @@ class Convnet(nn.Module):
             if isinstance(module, nn.Conv2d):
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
             elif isinstance(module, Residual):
-                module.layers[-1].norm.weight.zero_()
+                module.layers[-1].get_submodule("norm").get_parameter("weight").zero_()
         nn.init.normal_(self.head.weight, std=0.01)
         self.head.bias.zero_()
 

@@ -51,7 +51,10 @@ class _Tally:
         y = _Map(x.batch, channels, op.out_height, op.out_width)
         positions = y.elements // channels
         self.forward += [op, Norm("batch", positions, channels, self.dtype)]
-        self.backward += [Norm("batch", positions, channels, self.dtype, True), replace(op, direction="weight_gradient")]
+        self.backward += [
+            Norm("batch", positions, channels, self.dtype, True),
+            replace(op, direction="weight_gradient"),
+        ]
         if not first:
             self.backward.append(replace(op, direction="input_gradient"))
         self.params += op.weights + 2 * channels

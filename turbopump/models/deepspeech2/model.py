@@ -29,35 +29,48 @@ CLIP = 20.0  # largest activation of a convolution, as in the paper
 
 
 class _MaskedNorm(torch.autograd.Function):
-    """Batch norm over the positions of a mask; zero elsewhere. Keeps its input and two numbers a channel."""
+    """Batch norm over the positions of a mask, zero elsewhere, then a clip to 0...`clip` where that is > 0.
+
+    Keeps its input and two numbers a channel; statistics of a training batch (`count` given) pass gradients too.
+    """
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, mask: Tensor, mean: Tensor, scale: Tensor, gain: Tensor, bias: Tensor, count: Tensor
-    ) -> Tensor:
-        ctx.save_for_backward(x, mask, mean, scale, gain, count)
+        ctx: Any, x: Tensor, mask: Tensor, mean: Tensor, scale: Tensor, gain: Tensor, bias: Tensor,
+        count: Tensor | None, clip: float
+    ) -> Tensor:  # fmt: skip
+        ctx.save_for_backward(x, mask, mean, scale, gain, bias, count)
+        ctx.clip = clip
         factor = gain * scale
-        return torch.addcmul(bias - mean * factor, x, factor).mul_(mask).to(x.dtype)
+        y = torch.addcmul(bias - mean * factor, x, factor)
+        if clip:
+            y.clamp_(0.0, clip)
+        return y.mul_(mask).to(x.dtype)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
-        x, mask, mean, scale, gain, count = ctx.saved_tensors
-        grad = grad * mask.to(torch.float32)
-        unit = (x - mean).mul_(scale)
+        x, mask, mean, scale, gain, bias, count = ctx.saved_tensors
+        grad, unit = grad * mask.to(torch.float32), (x - mean).mul_(scale)
+        if ctx.clip:
+            y = torch.addcmul(bias, unit, gain)
+            grad.mul_((y > 0) & (y < ctx.clip))
         dims = [d for d in range(x.ndim) if mean.shape[d] == 1]
         grad_gain, grad_bias = (grad * unit).sum(dims, keepdim=True), grad.sum(dims, keepdim=True)
         if count is not None:  # training: mean and scale are functions of x
             grad = grad.addcmul_(unit, grad_gain / count, value=-1).sub_(grad_bias / count)
-        return (grad * (gain * scale)).mul_(mask).to(x.dtype), None, None, None, grad_gain, grad_bias, None
+        return (grad * (gain * scale)).mul_(mask).to(x.dtype), None, None, None, grad_gain, grad_bias, None, None
 
 
 class MaskedBatchNorm(nn.Module):
     """Batch norm along `dim` over valid positions only (sequence-wise: over all frames of all samples)."""
 
-    def __init__(self, channels: int, dim: int, momentum: float = 0.1, eps: float = 1e-5) -> None:
+    running_mean: Tensor
+    running_var: Tensor
+
+    def __init__(self, channels: int, dim: int, clip: float = 0.0, momentum: float = 0.1, eps: float = 1e-5) -> None:
         super().__init__()
-        self.dim, self.momentum, self.eps = dim, momentum, eps
+        self.dim, self.clip, self.momentum, self.eps = dim, clip, momentum, eps
         self.weight = nn.Parameter(torch.ones(channels))
         self.bias = nn.Parameter(torch.zeros(channels))
         self.register_buffer("running_mean", torch.zeros(channels))
@@ -71,7 +84,8 @@ class MaskedBatchNorm(nn.Module):
         if self.training:
             mean, var, count = self._statistics(x.detach(), mask)
         scale = torch.rsqrt(var + self.eps)
-        return _MaskedNorm.apply(x, mask, mean, scale, self.weight.view(shape), self.bias.view(shape), count)
+        gain, bias = self.weight.view(shape), self.bias.view(shape)
+        return _MaskedNorm.apply(x, mask, mean, scale, gain, bias, count, self.clip)
 
     @torch.no_grad()
     def _statistics(self, x: Tensor, mask: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -91,10 +105,10 @@ class ConvNorm(nn.Module):
         super().__init__()
         padding = (kernel[0] // 2, kernel[1] // 2)
         self.conv = nn.Conv2d(inputs, outputs, kernel, (FREQUENCY_STRIDE, frame_stride), padding, bias=False)
-        self.norm = MaskedBatchNorm(outputs, dim=1)
+        self.norm = MaskedBatchNorm(outputs, dim=1, clip=CLIP)
 
     def forward(self, x_BCFT: Tensor, mask_BT: Tensor) -> Tensor:
-        return F.hardtanh(self.norm(self.conv(x_BCFT), mask_BT[:, None, None, :]), 0.0, CLIP, inplace=True)
+        return self.norm(self.conv(x_BCFT), mask_BT[:, None, None, :])
 
 
 class DeepSpeech2(nn.Module):

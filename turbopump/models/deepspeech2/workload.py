@@ -43,8 +43,7 @@ def _convolutions(config: DeepSpeech2Config, samples: int, frames: int, dtype: s
         gradients = [replace(op, direction="weight_gradient")]
         gradients += [replace(op, direction="input_gradient")] if i else []
         positions = op.out_elements // op.out_channels
-        kept = 2 * op.out_elements * size  # inputs of the norm and of the clip, which works in place
-        kept += samples * channels * rows * frames * size if i == 0 else 0
+        kept = (samples * channels * rows * frames + op.out_elements) * size  # inputs of the convolution and norm
         kept += op.weights * size if dtype != "fp32" else 0
         forward: tuple[Op, ...] = (op, Norm("batch", positions, op.out_channels, dtype),
                                    Elementwise("clip", op.out_elements, 1, 1, dtype))  # fmt: skip

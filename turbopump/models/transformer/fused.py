@@ -1,9 +1,10 @@
 """Hand-written gradients of the transformer: less memory kept, and less time on CPU, than composed operations.
 
-Measured on one core (AMD EPYC Zen 4 with avx512_bf16, torch 2.13), forward + backward, B=8 T=256 D=256, bf16:
-attention 4 heads of 64: 14 ms, `scaled_dot_product_attention` 29 ms; RMSNorm 1.0 ms, `F.rms_norm` 2.2 ms; head and
-loss over 4,096 tokens 80 ms, `F.linear` + `F.cross_entropy` 116 ms. All save only what backward needs and are compared
-with plain PyTorch in tests/models/transformer/test_fused.py. None supports double backward.
+Measured on one busy core (AMD EPYC Zen 4 with avx512_bf16, torch 2.13; CPU time, best of several, forward + backward,
+B=8 T=256 D=256): attention, 4 heads of 64, bf16: 18 ms, `scaled_dot_product_attention` 32 ms (27 and 27 in fp32);
+RMSNorm 1.0 ms, `F.rms_norm` 2.2 ms; head and loss over 4,096 tokens, bf16: 83 ms, `F.linear` + `F.cross_entropy`
+134 ms. All save only what backward needs; tests/models/transformer/test_fused.py compares them with plain PyTorch.
+None supports double backward.
 
 Shapes: B batch, T positions, H query heads, K key heads, G = H / K, E head width, D hidden, N = B * T, V vocabulary.
 """
@@ -16,8 +17,9 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-ATTENTION_BLOCK = 64  # rows of scores at once; 32 to 128 measured within 10 % of each other
-LOGITS_AT_ONCE = {"cpu": 2**20, "cuda": 2**27}  # CPU: fp32 logits of a chunk stay in the cache; CUDA: 512 MB
+ATTENTION_BLOCK = 64  # rows of scores at once up to 512 positions, twice as many beyond
+LOGITS_AT_ONCE = {"cpu": 2**22, "cuda": 2**27}  # fp32 logits of a chunk: CPU 16 MB, measured best; CUDA 512 MB
+LEAST_ROWS = 512  # of a chunk: each one adds up the whole gradient of the head (32 rows of 32,768: twice the time)
 
 
 class _RmsNorm(torch.autograd.Function):
@@ -90,9 +92,10 @@ class _BlockCausalAttention(torch.autograd.Function):
             grad_scores = torch._softmax_backward_data(grad_probs, probs, -1, probs.dtype).mul_(scale)
             grad_q[:, :, begin:end] = torch.bmm(grad_scores, k[:, :end]).unflatten(1, (groups, -1))
             grad_k[:, :end] += torch.bmm(grad_scores.mT, q[:, :, begin:end].flatten(1, 2))
-        B, T, H, E = ctx.shape
+        B, T, _, E = ctx.shape
         grad_q = grad_q.view(B, -1, groups, T, E).permute(0, 3, 1, 2, 4).reshape(ctx.shape)
-        return grad_q, *(g.to(k.dtype).view(B, -1, T, E).transpose(1, 2) for g in (grad_k, grad_v))
+        grad_k, grad_v = (g.to(k.dtype).view(B, -1, T, E).transpose(1, 2) for g in (grad_k, grad_v))
+        return grad_q, grad_k, grad_v
 
 
 def _grouped(x_BTHE: Tensor, key_heads: int) -> Tensor:
@@ -110,7 +113,7 @@ def _heads_first(x_BTKE: Tensor) -> Tensor:
 def _probabilities(q: Tensor, k: Tensor) -> Any:
     """Blocks of rows with their softmax, [B * K, G * rows, keys up to the last row]."""
     _, groups, T, E = q.shape
-    size = min(T, ATTENTION_BLOCK)
+    size = min(T, ATTENTION_BLOCK if T <= 512 else 2 * ATTENTION_BLOCK)
     mask = torch.full((size, size), float("-inf"), dtype=q.dtype, device=q.device).triu_(1)
     for begin in range(0, T, size):
         end = min(begin + size, T)
@@ -133,13 +136,13 @@ class _LinearCrossEntropy(torch.autograd.Function):
         N, V = x_ND.shape[0], head_VD.shape[0]
         x_ND, head = x_ND.to(dtype), head_VD.to(dtype)
         wanted = any(ctx.needs_input_grad)
-        grad_x = torch.empty_like(x_ND) if wanted else None
-        grad_head = torch.zeros(head.shape, dtype=torch.float32, device=head.device) if wanted else None
+        grad_x = torch.empty_like(x_ND if wanted else x_ND[:0])
+        grad_head = torch.zeros_like(head if wanted else head[:0], dtype=torch.float32)
         valid_N = targets_N >= 0
         scale = valid_N.sum().clamp_(min=1).reciprocal()  # of the mean, on the device
         weight_N, index_N = valid_N * scale, targets_N.clamp(min=0)
         loss = torch.zeros((), device=x_ND.device)
-        rows = max(1, LOGITS_AT_ONCE.get(x_ND.device.type, LOGITS_AT_ONCE["cuda"]) // V)
+        rows = max(LEAST_ROWS, LOGITS_AT_ONCE.get(x_ND.device.type, LOGITS_AT_ONCE["cuda"]) // V)
         for begin in range(0, N, rows):
             part = slice(begin, begin + rows)
             logits = torch.mm(x_ND[part], head.t()).float()
