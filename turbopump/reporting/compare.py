@@ -21,8 +21,7 @@ from turbopump.reporting.words import KIND_NAMES, NOT_MEASURED, headline, percen
 
 _TICK_CHARACTERS = 18
 _NOT_COMPARED = ("schema_version", "turbopump_version", "name")
-_ENV_TICK_CHARACTERS = 18
-_NOT_COMPARED = ("started", "run_id", "host", "pid")
+_ENV_NOT_COMPARED = ("started", "run_id", "host", "pid")
 
 
 @dataclass(frozen=True)
