@@ -63,6 +63,7 @@ class Shape:
     killed_after: int | None = None  # the first attempt ends here without a word; the second goes on
     gap_s: float = 40.0
     nan_from: int | None = None
+    disturbed: float = 0.0  # share of the steps that take five times as long
     num_ranks: int = 1
     slow_rank: int | None = None
     seed: int = 0
@@ -138,6 +139,7 @@ class _Writer:
     def step(self, spans: Spans, step: int, warm: int) -> None:
         shape, clock = self.shape, self.clock
         hiccup = 1.25 if self.random.random() < 0.02 else 1.0
+        hiccup *= 5.0 if self.random.random() < shape.disturbed else 1.0
         noise = (hiccup * self.random.lognormal(0.0, 0.03, 4)).tolist()
         first = 4.0 if warm == 1 else 1.4 if warm == 2 else 1.0
         with spans.step(step):
@@ -230,8 +232,22 @@ def _config(shape: Shape, texts: str | None) -> dict[str, Any]:
 
 def _choices(texts: str | None) -> dict[str, Any]:
     rows = [
-        {"dtype": "fp32", "flops_per_s": 3.1e11, "route": texts or "matmul"},
-        {"dtype": "bf16", "flops_per_s": 1.02e12, "route": texts or "matmul"},
+        {
+            "op": texts or "linear forward and backward, m=1024 n=512 k=512",
+            "fp32_s": 0.0093,
+            "bf16_s": 0.0031,
+            "bf16_gain": 3.0,
+            "runs": 40,
+            "problem": "",
+        },
+        {
+            "op": "linear forward and backward, m=2048 n=1024 k=512",
+            "fp32_s": 0.0362,
+            "bf16_s": 0.0117,
+            "bf16_gain": 3.1,
+            "runs": 22,
+            "problem": "",
+        },
     ]
     return {"schema_version": 1, "precision": {"compute": "bf16", "evidence": rows}}
 
@@ -262,8 +278,11 @@ def _env(shape: Shape, texts: str | None) -> dict[str, Any]:
         "limit": {
             "flops_per_s": 1.02e12,
             "dtype": "bf16",
-            "route": texts or "matmul 2048x2048x2048",
-            "rows": [{"route": texts or "matmul", "dtype": "bf16", "flops_per_s": 1.02e12}],
+            "route": texts or "default",
+            "rows": [
+                {"route": texts or "default", "op": "Gemm(m=2048,n=1024,k=1024,dtype=bf16)", "flops_per_s": 1.02e12},
+                {"route": texts or "default", "op": "Gemm(m=512,n=512,k=512,dtype=bf16)", "flops_per_s": 7.4e11},
+            ],
             "limit_scope": "run",
         },
         **shape.env,

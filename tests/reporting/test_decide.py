@@ -70,7 +70,7 @@ def test_nan_comes_first(tmp_path):
 
 
 def rates(**by_dtype):
-    rows = [{"route": "matmul", "dtype": d, "flops_per_s": r} for d, r in by_dtype.items()]
+    rows = [{"route": "default", "op": f"Gemm(m=8,n=8,k=8,dtype={d})", "flops_per_s": r} for d, r in by_dtype.items()]
     return {"limit": {"flops_per_s": max(by_dtype.values()), "dtype": "fp32", "rows": rows}}
 
 
@@ -86,7 +86,10 @@ def test_another_dtype_only_where_this_machine_was_measured_to_be_faster(tmp_pat
     finding = next(f for f in changes(fast) if f.title == "Compute in bf16")
     assert finding.basis == "this machine" and finding.saves_at_most_s < fast.run.breakdown.steps * 0.6
     assert faster_dtype(summary("same", rates(fp32=1e12, bf16=1.05e12))) is None
-    assert faster_dtype(summary("only", rates(fp32=1e12))) is None
+    only = summary("only", rates(fp32=1e12))
+    assert faster_dtype(only) is None
+    advice = next(f for f in changes(only) if f.title == "See whether bf16 is faster here")
+    assert advice.saves_at_most_s is None and advice.setting == "precision.compute (now fp32)"
     assert faster_dtype(summary("used", rates(fp32=1e12, bf16=2.5e12), "bf16")) is None
     chosen = write_run(tmp_path / "chosen", Shape(num_steps=60, env=rates(fp32=1e12, bf16=2e12)))
     assert faster_dtype(summarize(load_run(chosen.path))) is None  # a trial has answered the question
@@ -95,6 +98,21 @@ def test_another_dtype_only_where_this_machine_was_measured_to_be_faster(tmp_pat
 def test_a_limit_that_is_passed_is_called_wrong(tmp_path):
     _, titles = found(tmp_path, env={"limit": {"flops_per_s": 1e11, "dtype": "bf16"}})
     assert "The limit was measured too low" in titles
+
+
+def test_a_route_that_is_faster_than_the_default_is_named(tmp_path):
+    rows = [{"route": "default", "flops_per_s": 5e11}, {"route": "other", "flops_per_s": 1e12}]
+    limit = {"flops_per_s": 1e12, "dtype": "bf16", "route": "other", "rows": rows}
+    below = next(f for f in limits(found(tmp_path, env={"limit": limit})[0]) if "below" in f.title)
+    assert "the route other; the library's default reaches 50 % of it" in below.action
+
+
+def test_a_machine_that_was_shared(tmp_path):
+    summary, titles = found(tmp_path, disturbed=0.15)
+    finding = titles["Steps are uneven"]
+    assert "most of the difference is forward and backward" in finding.evidence
+    steps = summary.steps
+    assert finding.saves_at_most_s == pytest.approx((steps.mean_s - steps.median_s) * steps.num_steps)
 
 
 def test_a_slow_rank(tmp_path):

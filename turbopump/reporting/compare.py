@@ -255,7 +255,7 @@ def _differences_html(comparison: Comparison) -> Html:
     for title, rows in (("Configuration", comparison.config), ("Environment", comparison.environment)):
         content = Table(header, [[path, *values] for path, values in rows])
         shown = (
-            html.table(content, caption=title, numeric=False) if rows else tag("p", "No difference.", class_="muted")
+            html.table(content, caption=title, kind="settings") if rows else tag("p", "No difference.", class_="muted")
         )
         opened = title == "Configuration" or 0 < len(rows) <= 12
         parts.append(html.details(f"{title} ({len(rows)})", shown, open_=opened))

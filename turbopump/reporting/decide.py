@@ -13,7 +13,7 @@ from typing import Any
 
 from turbopump.core.units import human, human_seconds
 from turbopump.reporting.account import Summary, run_shares, table
-from turbopump.reporting.load import measured
+from turbopump.reporting.load import STEP_FIELDS, measured
 from turbopump.reporting.words import KIND_NAMES, percent
 
 WORTH = 0.02
@@ -62,10 +62,17 @@ def _meaning(name: str, summary: Summary) -> str:
             f"hardware would shorten it."
         )
     if name == "below_limit" and speed.compute_share_of_limit is not None:
-        return (
+        text = (
             f"Forward and backward run at {percent(speed.compute_share_of_limit)} of the measured limit: small or "
             f"memory-bound operations (norms, attention, activations) take this part."
         )
+        default = default_route_share(summary)
+        if default is not None:
+            text += (
+                f" The limit was reached by the route {speed.limit_route}; the library's default reaches "
+                f"{percent(default)} of it here."
+            )
+        return text
     return {
         "compute": "Forward and backward. How near they are to the limit was not measured.",
         "steps": "Training steps; their parts were not measured.",
@@ -186,6 +193,7 @@ def _time(summary: Summary) -> Iterator[Finding]:
                       "It is paid once an attempt: train longer, or restart less often.", "num_steps")  # fmt: skip
     yield from _idle(summary, wall_s)
     yield from _arithmetic(summary, shares, wall_s)
+    yield from _uneven(summary)
     yield from _stragglers(summary)
 
 
@@ -238,6 +246,13 @@ def _arithmetic(summary: Summary, shares: Mapping[str, float], wall_s: float) ->
             compute_s * (1 - 1 / ratio),
             "this machine",
         )
+    elif dtype_in_use(summary) == "fp32" and not _bf16_measured(summary) and compute_s >= 0.3 * wall_s:
+        yield Finding(
+            "See whether bf16 is faster here",
+            f"Forward and backward take {percent(compute_s / wall_s)} of the run in fp32; bf16 was not measured.",
+            'precision.compute = "auto" measures both in a few seconds and takes the faster one.',
+            _settings(summary, "precision.compute"),
+        )
     env = summary.env
     cores, threads = measured(env.get("num_cores")), measured(env.get("threads"))
     processes = measured(env.get("world_size")) or 1
@@ -258,6 +273,30 @@ def _arithmetic(summary: Summary, shares: Mapping[str, float], wall_s: float) ->
             "Larger microbatches and a wider model use the processor better.",
             _settings(summary, "microbatch", "global_batch"),
         )
+
+
+def _bf16_measured(summary: Summary) -> bool:
+    rows = table(summary.env, "limit").get("rows")
+    listed = rows if isinstance(rows, list) else []
+    found = any(isinstance(row, Mapping) and _dtype_of(row) == "bf16" for row in listed)
+    return found or bool(table(summary.choices, "precision"))
+
+
+def _uneven(summary: Summary) -> Iterator[Finding]:
+    """Steps of very different length: the machine was shared, or the batches are."""
+    step = summary.steps
+    if step is None or step.num_steps < 20 or step.mean_s < 1.2 * step.median_s:
+        return
+    slow = max(STEP_FIELDS, key=lambda name: getattr(step.mean, name) - getattr(step.median, name))
+    yield Finding(
+        "Steps are uneven",
+        f"Half of them take less than {human_seconds(step.median_s)}, their mean is {human_seconds(step.mean_s)}, one "
+        f"in ten takes more than {human_seconds(step.p90_s)}; most of the difference is {KIND_NAMES[slow]}.",
+        "Look for other work on this machine, or for batches of very different length.",
+        None,
+        (step.mean_s - step.median_s) * step.num_steps,
+        "this run",
+    )
 
 
 def _stragglers(summary: Summary) -> Iterator[Finding]:
@@ -290,7 +329,8 @@ def faster_dtype(summary: Summary) -> tuple[str, float, str] | None:
     rates: dict[str, float] = {}
     for row in rows:
         if isinstance(row, Mapping) and (rate := measured(row.get("flops_per_s"))):
-            rates[str(row.get("dtype"))] = max(rate, rates.get(str(row.get("dtype")), 0.0))
+            dtype = _dtype_of(row)
+            rates[dtype] = max(rate, rates.get(dtype, 0.0))
     others = {d: r for d, r in rates.items() if d in ("fp32", "bf16") and d != used}
     if used not in rates or not others:
         return None
@@ -303,6 +343,22 @@ def faster_dtype(summary: Summary) -> tuple[str, float, str] | None:
         f"{human(rates[used], 'FLOP/s')} in {used}: {ratio:.2f} times."
     )
     return best, ratio, evidence
+
+
+def _dtype_of(row: Mapping[str, Any]) -> str:
+    """The dtype of a measured row: its own field, or the last one of its operation, `Gemm(...,dtype=fp32)`."""
+    return str(row.get("dtype") or str(row.get("op", "")).rpartition("dtype=")[2].rstrip(")"))
+
+
+def default_route_share(summary: Summary) -> float | None:
+    """Best rate of the default route over the best of all routes; None where another one was not measured faster."""
+    rows = table(summary.env, "limit").get("rows")
+    rates: dict[str, float] = {}
+    for row in rows if isinstance(rows, list) else []:
+        if isinstance(row, Mapping) and (rate := measured(row.get("flops_per_s"))):
+            rates[str(row.get("route"))] = max(rate, rates.get(str(row.get("route")), 0.0))
+    share = rates["default"] / max(rates.values()) if "default" in rates else 1.0
+    return share if share < 0.95 else None
 
 
 def dtype_in_use(summary: Summary) -> str | None:

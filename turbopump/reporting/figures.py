@@ -49,7 +49,7 @@ def evaluation_points(run: RunData, metric: str) -> tuple[np.ndarray, np.ndarray
 def smoothed_loss(run: RunData) -> tuple[np.ndarray, np.ndarray, int]:
     """Steps and smoothed loss of all steps [S], and the half window in steps."""
     step, loss = run.metrics.steps["step"], run.metrics.steps["loss"]
-    half = max(1, len(loss) // 100)
+    half = max(1, len(loss) // 50)
     return step, smooth(loss, half), half
 
 

@@ -47,7 +47,7 @@ def join(parts: Iterable[Html]) -> Html:
     return Html("".join(parts))
 
 
-def table(content: Table, *, caption: str = "", numeric: bool = True, whole: bool = False) -> Html:
+def table(content: Table, *, caption: str = "", kind: str = "numbers", whole: bool = False) -> Html:
     """A table; the first column is the row's heading. Wide ones, and long ones unless `whole`, scroll in their box."""
     if not content.rows:
         return tag("p", "Nothing was measured.", class_="muted")
@@ -57,7 +57,7 @@ def table(content: Table, *, caption: str = "", numeric: bool = True, whole: boo
         for row in content.rows
     ]
     inner = tag("table", tag("caption", caption) if caption else Html(), tag("thead", head), tag("tbody", *body),
-                class_="numbers" if numeric else None)  # fmt: skip
+                class_=kind)  # fmt: skip
     return tag(
         "div",
         inner,
@@ -107,14 +107,14 @@ def section(title: str, *children: Html, id_: str) -> Html:
 
 def nested_table(values: dict[str, Any], *, header: Sequence[str] = ("setting", "value")) -> Html:
     """A nested table of settings as rows of dotted paths."""
-    return table(Table(header, [[k, v] for k, v in flatten(values)]), numeric=False)
+    return table(Table(header, [[k, v] for k, v in flatten(values)]), kind="settings")
 
 
 def records_table(rows: Sequence[dict[str, Any]], caption: str) -> Html:
     """A list of records as a table with one column a key."""
-    keys = list(dict.fromkeys(key for row in rows for key in row))
+    keys = list(dict.fromkeys(key for row in rows for key, value in row.items() if value not in (None, "")))
     shown = [[_cell(key, row.get(key)) for key in keys] for row in rows]
-    return table(Table([key.replace("_", " ") for key in keys], shown), caption=caption, numeric=False)
+    return table(Table([key.replace("_", " ") for key in keys], shown), caption=caption, kind="records")
 
 
 def _cell(key: str, value: Any) -> str:
