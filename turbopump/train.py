@@ -18,7 +18,7 @@ from turbopump.core import plugins
 from turbopump.core.config import Config, apply_override, load, parse, validate
 from turbopump.core.errors import UsageError
 from turbopump.core.rundir import RunDir
-from turbopump.hardware.detect import process_age_s
+from turbopump.hardware.detect import process_age_s, yield_while_waiting
 
 if TYPE_CHECKING:
     from turbopump.training.loop import Job, TrainResult
@@ -54,6 +54,7 @@ def train(
     checkpoint or a safetensors file. An existing run directory is gone on with.
     Raises ConfigError, ResumeError, DatasetError, CheckpointError, NonFiniteError, OutOfMemoryError, RankError.
     """
+    yield_while_waiting()
     from turbopump.training.loop import Job, Live
 
     make_optimizer = optimizer if callable(optimizer) else None
