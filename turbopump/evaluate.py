@@ -13,6 +13,7 @@ from turbopump.core.checkpoint_store import CheckpointInfo, list_checkpoints
 from turbopump.core.errors import DatasetError, UsageError
 from turbopump.core.files import to_json, write_atomic
 from turbopump.core.rundir import RunDir, open_run
+from turbopump.hardware.detect import yield_while_waiting
 
 
 @dataclass(frozen=True)
@@ -35,6 +36,7 @@ def evaluate(
     `live` (a `training.build.Live`) gives again what the run was trained with as live objects. Raises `UsageError`,
     `DatasetError`, `CheckpointError`.
     """
+    yield_while_waiting()
     import torch
 
     from turbopump.training.build import resolve_task

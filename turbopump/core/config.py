@@ -130,7 +130,9 @@ class LaunchConfig:
     """Processes of the run on this host."""
 
     num_processes: NonNegativeInt = setting(0, "processes, one device each; 0 takes one per GPU, or one on CPU")
-    threads: NonNegativeInt = setting(0, "CPU threads a process computes with; 0 shares the cores evenly")
+    threads: NonNegativeInt = setting(
+        0, "CPU threads a process computes with; 0 takes OMP_NUM_THREADS where it is set, or an even share of the cores"
+    )
     device: Literal["auto", "cpu", "cuda"] = setting("auto", "`auto` takes GPUs where there are any")
     timeout_s: PositiveFloat = setting(600.0, "seconds a process waits for the others before it gives up")
 

@@ -62,7 +62,7 @@ class Run:
         self.device = process_group.choose_device(launch.device)
         place = process_group.init_process_group(self.device, timeout_s=launch.timeout_s)
         self.rank, self.world_size = place.rank, place.world_size
-        torch.set_num_threads(launch.threads or max(1, detect.num_cores() // place.local_world_size))
+        torch.set_num_threads(launch.threads or detect.num_threads(place.local_world_size))
         self._lock: IO[str] | None = self.rundir.lock() if self.rank == 0 else None
         if self.rank == 0:
             write_config(self.config, self.rundir)
