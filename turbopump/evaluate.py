@@ -10,9 +10,10 @@ from typing import Any
 
 from turbopump.core import plugins
 from turbopump.core.checkpoint_store import CheckpointInfo, list_checkpoints
-from turbopump.core.errors import DatasetError, UsageError
+from turbopump.core.errors import CorruptCheckpointError, DatasetError, UsageError
 from turbopump.core.files import to_json, write_atomic
 from turbopump.core.rundir import RunDir, open_run
+from turbopump.hardware.detect import yield_while_waiting
 
 
 @dataclass(frozen=True)
@@ -35,6 +36,7 @@ def evaluate(
     `live` (a `training.build.Live`) gives again what the run was trained with as live objects. Raises `UsageError`,
     `DatasetError`, `CheckpointError`.
     """
+    yield_while_waiting()
     import torch
 
     from turbopump.training.build import resolve_task
@@ -119,7 +121,12 @@ def _load(task: Any, checkpoint: CheckpointInfo) -> Any:
     from turbopump.training.state import load_model
 
     model = task.build_model()
-    load_model(model, read_weights(checkpoint.path))
+    try:
+        load_model(model, read_weights(checkpoint.path))
+    except CorruptCheckpointError as error:
+        others = [c.step for c in list_checkpoints(checkpoint.path.parent) if c.step != checkpoint.step]
+        hint = f"; other checkpoints: --step {', '.join(map(str, others))}" if others else ""
+        raise CorruptCheckpointError(f"{error}{hint}") from error
     return model
 
 

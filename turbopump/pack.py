@@ -147,6 +147,11 @@ def _find(paths: list[str], include: Sequence[str], destination: Path) -> tuple[
         return corpus.find_files(paths, include, exclude=destination), False
     if len(paths) > 1:
         raise UsageError(f"`{corpus.STDLIB}` is packed alone: give it as the only source")
+    if include:
+        given = ", ".join(include)
+        raise UsageError(
+            f"include ({given}) has no effect on `{corpus.STDLIB}`, whose sources are all *.py: leave it out"
+        )
     return corpus.stdlib_files(), True
 
 

@@ -130,7 +130,9 @@ class LaunchConfig:
     """Processes of the run on this host."""
 
     num_processes: NonNegativeInt = setting(0, "processes, one device each; 0 takes one per GPU, or one on CPU")
-    threads: NonNegativeInt = setting(0, "CPU threads a process computes with; 0 shares the cores evenly")
+    threads: NonNegativeInt = setting(
+        0, "CPU threads a process computes with; 0 takes OMP_NUM_THREADS where it is set, or an even share of the cores"
+    )
     device: Literal["auto", "cpu", "cuda"] = setting("auto", "`auto` takes GPUs where there are any")
     timeout_s: PositiveFloat = setting(600.0, "seconds a process waits for the others before it gives up")
 
@@ -262,7 +264,8 @@ def cross_check(config: Config) -> list[str]:
     ranks = config.launch.num_processes
     if ranks > 1 and config.global_batch % (ranks * max(1, config.microbatch)):
         near = nearest_multiples(config.global_batch, ranks * max(1, config.microbatch))
-        divisor = f"launch.num_processes ({ranks})" + (f" x microbatch ({config.microbatch})" if config.microbatch else "")
+        divisor = f"launch.num_processes ({ranks})"
+        divisor += f" x microbatch ({config.microbatch})" if config.microbatch else ""
         problems.append(f"global_batch: {config.global_batch} must be divisible by {divisor}: use {near}")
     for name in ("model", "data"):
         check = getattr(getattr(config, name), "problems", None)
