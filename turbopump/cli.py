@@ -108,6 +108,10 @@ def evaluate(
     temperature: float = 0.8,
     top_k: int = 50,
     seed: int = 0,
+    model: str | None = None,
+    dataset: str | None = None,
+    evaluation_dataset: str | None = None,
+    loss: str | None = None,
     json: Flag = False,
 ) -> None:
     """Metrics of a run or checkpoint on held-out data; samples of a language model.
@@ -138,6 +142,14 @@ def evaluate(
         Draw among this many likeliest tokens; 0 among all.
     seed
         Seed of the draw.
+    model
+        module:function that returns the module, for a run that was trained with --model.
+    dataset
+        module:function that returns the training data, for a run that was trained with --dataset.
+    evaluation_dataset
+        module:function that returns the held-out data.
+    loss
+        module:function of the loss, for a run that was trained with --loss.
     json
         Print JSON.
     """
@@ -148,7 +160,8 @@ def evaluate(
                            seed=seed)  # fmt: skip
         print(printable(text))
         return
-    result = verb.evaluate(run, step=step, split=split, max_samples=max_samples)
+    live = {"model": model, "dataset": dataset, "evaluation_dataset": evaluation_dataset, "loss": loss}
+    result = verb.evaluate(run, step=step, split=split, max_samples=max_samples, live=live)
     print(verb.format_result(result, as_json=json))
 
 

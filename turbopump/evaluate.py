@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import lzma
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -33,13 +34,14 @@ def evaluate(
 ) -> EvaluationResult:
     """Metrics of a run on a split; the best checkpoint by evaluation loss unless `step` names one.
 
-    `live` (a `training.build.Live`) gives again what the run was trained with as live objects. Raises `UsageError`,
+    `live` gives again what the run was trained with as live objects: a `training.build.Live`, or a mapping of its
+    fields to `module:function` texts. Raises `UsageError`,
     `DatasetError`, `CheckpointError`.
     """
     yield_while_waiting()
     import torch
 
-    from turbopump.training.build import resolve_task
+    from turbopump.training.build import Live, resolve_task
     from turbopump.training.evaluation import evaluate_model
     from turbopump.training.prepare import read_config
 
@@ -48,7 +50,7 @@ def evaluate(
     split = split or config.evaluation.split
     if max_samples < 0:
         raise UsageError(f"max_samples: {max_samples} given; use 0 for all or a positive number")
-    task = resolve_task(config, live)
+    task = resolve_task(config, Live(**plugins.load_live(live)) if isinstance(live, Mapping) else live)
     if config.data.kind == "live":
         source = task.train_source if split == "train" else task.evaluation_source
     else:

@@ -150,7 +150,7 @@ def _find(paths: list[str], include: Sequence[str], destination: Path) -> tuple[
     if include:
         given = ", ".join(include)
         raise UsageError(
-            f"include ({given}) has no effect on `{corpus.STDLIB}`, whose sources are all *.py: leave it out"
+            f"include ({given}) has no effect on `{corpus.STDLIB}` (all of it is *.py): leave it out"
         )
     return corpus.stdlib_files(), True
 

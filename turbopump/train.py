@@ -10,6 +10,7 @@ One process trains here; several are started by launch, or are already there (to
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import SimpleNamespace
@@ -19,7 +20,9 @@ from turbopump.core import plugins
 from turbopump.core.config import Config, apply_override, load, parse, validate
 from turbopump.core.errors import ConfigError, UsageError
 from turbopump.core.rundir import RunDir
-from turbopump.hardware.detect import process_age_s, yield_while_waiting
+from turbopump.core.units import human_bytes
+from turbopump.hardware.detect import available_bytes, process_age_s, yield_while_waiting
+from turbopump.planner.summary import misfits, summarize
 
 if TYPE_CHECKING:
     from turbopump.training.loop import Job, TrainResult
@@ -116,8 +119,10 @@ def _run(job: Job) -> TrainResult:
         if int(os.environ["RANK"]) == 0:
             prepare_run_directory(job.config, RunDir(job.path))
         return run_training(job)
-    prepare_run_directory(job.config, RunDir(job.path))
+    if prepare_run_directory(job.config, RunDir(job.path)) and (result := _finished(job)) is not None:
+        return result
     num_processes = job.config.launch.num_processes or _num_devices(job.config)
+    _warn_of_memory(job.config, num_processes)
     if num_processes == 1:
         return run_training(job)
     return _run_ranks(job, num_processes)
@@ -125,30 +130,74 @@ def _run(job: Job) -> TrainResult:
 
 def _run_ranks(job: Job, num_processes: int) -> TrainResult:
     from turbopump.core.checkpoint_store import latest
-    from turbopump.core.files import read_json_lines
     from turbopump.launch.local import launch_local
-    from turbopump.training.checkpoint import read_weights
-    from turbopump.training.loop import TrainResult, run_rank
-    from turbopump.training.state import load_model
+    from turbopump.training.loop import run_rank
 
     rundir, launch = RunDir(job.path), job.config.launch
     launch_local(run_rank, (job,), num_processes=num_processes, threads=launch.threads, timeout_s=launch.timeout_s,
                  log_dir=rundir.logs)  # fmt: skip
-    if job.live.model is not None:
-        newest = latest(rundir.checkpoints)
-        if newest is not None:
-            load_model(job.live.model, read_weights(newest))
-    evaluations = tuple(r for r in read_json_lines(rundir.metrics) if r.get("type") == "evaluation")
-    return TrainResult(job.path, job.config.num_steps, evaluations, job.live.model)
+    return _result(job, latest(rundir.checkpoints), job.config.num_steps)
+
+
+def _warn_of_memory(config: Config, num_processes: int) -> None:
+    """Say before the start what the kernel would only say by killing the run, where nothing else bounds memory."""
+    if config.launch.device == "cuda" or _num_gpus(config):
+        return
+    summary = summarize(config, num_processes=num_processes) if not misfits(config) else None
+    free_bytes = available_bytes()
+    if summary is not None and summary.memory_bytes * num_processes > free_bytes:
+        needed = human_bytes(summary.memory_bytes * num_processes)
+        print(
+            f"warning: this run needs about {needed} of memory, {human_bytes(free_bytes)} are free: if it is killed, use "
+            f"a smaller microbatch, a shorter sequence or a smaller model (turbopump train RECIPE --dry-run)",
+            file=sys.stderr,
+        )
+
+
+def _finished(job: Job) -> TrainResult | None:
+    """What a run came to whose last step is made and whole on disk: another attempt would only add to its time."""
+    from turbopump.core.checkpoint_store import latest, step_of, verify_checkpoint
+
+    rundir = RunDir(job.path)
+    newest = latest(rundir.checkpoints)
+    step = step_of(newest) if newest is not None else None
+    if newest is None or step is None or step < job.config.num_steps:
+        return None
+    with rundir.lock():
+        if verify_checkpoint(newest):
+            return None
+    if not job.quiet:
+        print(
+            f"{job.path} is at step {step} of {job.config.num_steps}: nothing is left to do; a larger num_steps goes on"
+        )
+    return _result(job, newest, step)
+
+
+def _result(job: Job, checkpoint: Path | None, step: int) -> TrainResult:
+    """The result of a run that is on disk, its weights in the live model where there is one."""
+    from turbopump.core.files import read_json_lines
+    from turbopump.training.checkpoint import read_weights
+    from turbopump.training.loop import TrainResult
+    from turbopump.training.state import load_model
+
+    if job.live.model is not None and checkpoint is not None:
+        load_model(job.live.model, read_weights(checkpoint))
+    records = read_json_lines(RunDir(job.path).metrics)
+    evaluations = tuple(record for record in records if record.get("type") == "evaluation")
+    return TrainResult(job.path, step, evaluations, job.live.model)
 
 
 def _num_devices(config: Config) -> int:
     """One process a GPU, or one on CPU."""
+    return max(1, _num_gpus(config))
+
+
+def _num_gpus(config: Config) -> int:
     if config.launch.device == "cpu":
-        return 1
+        return 0
     import torch
 
-    return max(1, torch.cuda.device_count())
+    return torch.cuda.device_count()
 
 
 def find_weights(reference: str) -> Path:
@@ -176,15 +225,9 @@ def find_weights(reference: str) -> Path:
 # ---- the command line's forms
 
 
-def live_from_references(references: Mapping[str, str | None]) -> dict[str, Any]:
-    """Objects that `module:function` references name; functions for `model` and datasets are called."""
-    import sys
-
-    if any(references.values()) and "" not in sys.path:
-        sys.path.insert(0, "")  # a module beside the recipe, as `python -m` would find it
+def _load_live(references: Mapping[str, str | None]) -> dict[str, Any]:
     yield_while_waiting()
-    found = {name: plugins.load_function(text) for name, text in references.items() if text}
-    return {name: value() if name != "loss" else value for name, value in found.items()}
+    return plugins.load_live(references)
 
 
 def train_from_command_line(
@@ -197,9 +240,9 @@ def train_from_command_line(
     quiet: bool,
 ) -> None:
     result = train(recipe, overrides=overrides, run=run, start_from=start_from, quiet=quiet,
-                   began_before_s=process_age_s(), **live_from_references(live))  # fmt: skip
+                   began_before_s=process_age_s(), **_load_live(live))  # fmt: skip
     if not quiet:
-        print(f"trained {result.step} steps; run directory {result.path}; next: turbopump report {result.path}")
+        print(f"{result.step} steps are in {result.path}; next: turbopump report {result.path}")
 
 
 def dry_run(recipe: Path, *, overrides: Sequence[str] = (), live: Mapping[str, str | None] | None = None) -> str:
@@ -208,9 +251,9 @@ def dry_run(recipe: Path, *, overrides: Sequence[str] = (), live: Mapping[str, s
     Raises `ConfigError` where they do not fit the model's.
     """
     from turbopump.core.config import dumps
-    from turbopump.planner.summary import format_summary, misfits, summarize
+    from turbopump.planner.summary import format_summary
 
-    objects = SimpleNamespace(**{"model": None, "dataset": None, **live_from_references(live or {})})
+    objects = SimpleNamespace(**{"model": None, "dataset": None, **_load_live(live or {})})
     config = load(recipe, overrides, live=_live_tables(objects))
     if problems := misfits(config):
         raise ConfigError(problems, "model and dataset")

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import difflib
 import importlib
+import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cache
@@ -75,7 +76,7 @@ def find(group: str, kind: str) -> Any:
 def load_function(reference: str) -> Any:
     """The object that `module:function` names; raises `UsageError` where there is none."""
     module_name, _, attribute = reference.partition(":")
-    if not attribute or not all(module_name.split(".")):
+    if not attribute.isidentifier() or not all(module_name.split(".")):
         raise UsageError(f"{reference!r} is not of the form module:function")
     try:
         module = importlib.import_module(module_name)
@@ -84,3 +85,15 @@ def load_function(reference: str) -> Any:
     if not hasattr(module, attribute):
         raise UsageError(f"{reference}: module {module_name!r} has no {attribute!r}")
     return getattr(module, attribute)
+
+
+def load_live(references: Mapping[str, str | None]) -> dict[str, Any]:
+    """Objects that `module:function` references of the command line name; all but a loss are made by calling them.
+
+    A module beside the recipe is found as `python -m` would find it.
+    """
+    given = {name: text for name, text in references.items() if text}
+    if given and "" not in sys.path:
+        sys.path.insert(0, "")
+    functions = {name: load_function(text) for name, text in given.items()}
+    return {name: function if name == "loss" else function() for name, function in functions.items()}

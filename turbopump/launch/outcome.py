@@ -67,7 +67,7 @@ class Outcome:
             error.args = (self.message,)
             vars(error).update(self.attributes)
         else:
-            error = RankError(f"rank {rank} failed: {self.message}\nits output and traceback: {log}")
+            error = RankError(f"rank {rank} failed: {self.message}; its output and traceback: {log}")
         error.add_note(f"raised on rank {rank}:\n{self.traceback}")
         return error
 

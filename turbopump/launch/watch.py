@@ -135,7 +135,7 @@ class Watch:
         if death.by_signal and death.number == signal.SIGKILL and oom_kills() > self._oom_kills:
             text = f"rank {rank} was killed by the kernel for want of memory: reduce microbatch or num_processes"
         lines = last_lines(log, self._log_start[rank])
-        return RankError(f"{text}{': ' + lines if lines else ''}\nits output: {log}")
+        return RankError(f"{text}{': ' + lines if lines else ''}; its output: {log}")
 
     def _collect_deaths(self) -> None:
         seen = {death.rank for death in self._deaths}

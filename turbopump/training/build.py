@@ -73,7 +73,9 @@ def resolve_task(config: Config, live: Live | None = None) -> Task:
     source_kind = None if config.data.kind == "live" else plugins.find("turbopump.sources", config.data.kind)
     for name, value, other in (("model", live.model, kind), ("dataset", live.dataset, source_kind)):
         if value is None and other is None:
-            raise UsageError(f"this run was made with a live {name}: give it again, from Python or as module:function")
+            raise UsageError(
+                f"this run was made with a live {name}: give it again, from Python or with --{name} module:function"
+            )
     if problems := misfits(config):
         raise ConfigError(problems, "model and dataset")
     if live.loss is None and side is None:

@@ -7,6 +7,7 @@ non-finite step (the state is the one before), or by an error. `__exit__` closes
 from __future__ import annotations
 
 import math
+import re
 import signal
 import sys
 import time
@@ -25,6 +26,7 @@ from turbopump.core.config import Config
 from turbopump.core.errors import Interrupted, NonFiniteError, OutOfMemoryError
 from turbopump.core.rundir import RunDir
 from turbopump.core.spans import Spans
+from turbopump.core.units import human_bytes
 from turbopump.hardware import detect
 from turbopump.training.checkpoint import Checkpoints
 from turbopump.training.metrics import JsonLogger, Logger, StepLosses, TerminalLogger
@@ -260,7 +262,7 @@ class Run:
             raise failures[0]
         if _is_out_of_memory(error):
             raise OutOfMemoryError(
-                f"out of memory ({str(error).splitlines()[0][:160]}): use a smaller microbatch "
+                f"out of memory{_asked_for(str(error))}: use a smaller microbatch "
                 f"(now {self.config.microbatch or self.config.global_batch // self.world_size}; the result of a step "
                 f"stays the same), a shorter sequence, or a smaller model"
             ) from error
@@ -270,6 +272,15 @@ def _is_out_of_memory(error: BaseException | None) -> bool:
     return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or (
         isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
     )
+
+
+def _asked_for(text: str) -> str:
+    """What was wanted in vain, out of torch's message: ` (268 MB more were asked for)`."""
+    match = re.search(r"[Tt]ried to allocate ([\d.]+) ?(bytes|[KMGT]iB)?", text)
+    if match is None:
+        return ""
+    wanted = f"{match[1]} {match[2]}" if match[2] not in (None, "bytes") else human_bytes(float(match[1]))
+    return f" ({wanted} more were asked for)"
 
 
 def _device_bytes(device: torch.device) -> int | None:
