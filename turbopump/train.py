@@ -19,7 +19,8 @@ from turbopump.core import plugins
 from turbopump.core.config import Config, apply_override, load, parse, validate
 from turbopump.core.errors import UsageError
 from turbopump.core.rundir import RunDir
-from turbopump.hardware.detect import process_age_s, yield_while_waiting
+from turbopump.hardware.detect import process_age_s
+from turbopump.hardware.process import prepare_to_compute
 
 if TYPE_CHECKING:
     from turbopump.training.loop import Job, TrainResult
@@ -55,7 +56,7 @@ def train(
     checkpoint or a safetensors file. An existing run directory is gone on with.
     Raises ConfigError, ResumeError, DatasetError, CheckpointError, NonFiniteError, OutOfMemoryError, RankError.
     """
-    yield_while_waiting()
+    prepare_to_compute()
     from turbopump.training.loop import Job, Live
 
     make_optimizer = optimizer if callable(optimizer) else None
@@ -182,7 +183,7 @@ def live_from_references(references: Mapping[str, str | None]) -> dict[str, Any]
 
     if any(references.values()) and "" not in sys.path:
         sys.path.insert(0, "")  # a module beside the recipe, as `python -m` would find it
-    yield_while_waiting()
+    prepare_to_compute()
     found = {name: plugins.load_function(text) for name, text in references.items() if text}
     return {name: value() if name != "loss" else value for name, value in found.items()}
 
