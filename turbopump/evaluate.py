@@ -14,7 +14,7 @@ from turbopump.core.checkpoint_store import CheckpointInfo, list_checkpoints
 from turbopump.core.errors import CorruptCheckpointError, DatasetError, UsageError
 from turbopump.core.files import to_json, write_atomic
 from turbopump.core.rundir import RunDir, open_run
-from turbopump.hardware.detect import yield_while_waiting
+from turbopump.hardware.process import prepare_to_compute
 
 
 @dataclass(frozen=True)
@@ -38,7 +38,7 @@ def evaluate(
     fields to `module:function` texts. Raises `UsageError`,
     `DatasetError`, `CheckpointError`.
     """
-    yield_while_waiting()
+    prepare_to_compute()
     import torch
 
     from turbopump.training.build import Live, resolve_task

@@ -21,7 +21,8 @@ from turbopump.core.config import Config, apply_override, load, parse, validate
 from turbopump.core.errors import ConfigError, UsageError
 from turbopump.core.rundir import RunDir
 from turbopump.core.units import human_bytes
-from turbopump.hardware.detect import available_bytes, process_age_s, yield_while_waiting
+from turbopump.hardware.detect import available_bytes, process_age_s
+from turbopump.hardware.process import prepare_to_compute
 from turbopump.planner.summary import misfits, summarize
 
 if TYPE_CHECKING:
@@ -58,7 +59,7 @@ def train(
     checkpoint or a safetensors file. An existing run directory is gone on with.
     Raises ConfigError, ResumeError, DatasetError, CheckpointError, NonFiniteError, OutOfMemoryError, RankError.
     """
-    yield_while_waiting()
+    prepare_to_compute()
     from turbopump.training.loop import Job, Live
 
     make_optimizer = optimizer if callable(optimizer) else None
@@ -148,8 +149,8 @@ def _warn_of_memory(config: Config, num_processes: int) -> None:
     if summary is not None and summary.memory_bytes * num_processes > free_bytes:
         needed = human_bytes(summary.memory_bytes * num_processes)
         print(
-            f"warning: this run needs about {needed} of memory, {human_bytes(free_bytes)} are free: if it is killed, use "
-            f"a smaller microbatch, a shorter sequence or a smaller model (turbopump train RECIPE --dry-run)",
+            f"warning: this run needs about {needed} of memory, {human_bytes(free_bytes)} are free: if it is killed, "
+            f"use a smaller microbatch, a shorter sequence or a smaller model (see --dry-run)",
             file=sys.stderr,
         )
 
@@ -226,7 +227,7 @@ def find_weights(reference: str) -> Path:
 
 
 def _load_live(references: Mapping[str, str | None]) -> dict[str, Any]:
-    yield_while_waiting()
+    prepare_to_compute()
     return plugins.load_live(references)
 
 

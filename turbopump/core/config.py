@@ -56,6 +56,7 @@ class OptimizerConfig:
     beta1: Probability = setting(0.9, "decay of the first moment of AdamW")
     beta2: Probability = setting(0.95, "decay of the second moment of AdamW")
     muon_momentum: Probability = setting(0.95, "momentum of Muon")
+    muon_ns_steps: PositiveInt = setting(5, "Newton-Schulz iterations of Muon; 4 are cheaper and nearly as good")
     eps: PositiveFloat = setting(1e-8, "term of AdamW that keeps its division finite")
     weight_decay: NonNegativeFloat = setting(0.1, "decoupled weight decay of matrices; vectors (norms, biases) get 0")
     clip_norm: NonNegativeFloat = setting(1.0, "largest global gradient norm; 0 does not clip")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import platform
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -82,14 +81,3 @@ def describe() -> dict[str, Any]:
         "num_cores": num_cores(),
         "memory_bytes": memory_bytes(),
     }
-
-
-def yield_while_waiting() -> None:
-    """Let the threads of a parallel region sleep while they wait for each other, where torch is not loaded yet.
-
-    By default they spin. On a machine with other work one of them is often not running, and all others burn their
-    time until it is: with 2 threads on 2 busy cores (AMD EPYC, load 6) a transformer step took 5 times longer
-    spinning than sleeping; on idle cores the two are alike (docs/log.md). A value the user has set is kept.
-    """
-    if "torch" not in sys.modules:
-        os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
