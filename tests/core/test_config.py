@@ -107,11 +107,13 @@ def valid_configs() -> st.SearchStrategy[config.Config]:
     names = st.from_regex(r"[a-z][a-z0-9_.-]{0,9}", fullmatch=True)
     models = configs_of(ToyModel, width=st.integers(1, 100).map(lambda n: 2 * n))
     plain = configs_of(config.Config, model=models, data=configs_of(ToyData), name=names)
-    return st.builds(
-        lambda c, sizes: dataclasses.replace(c, microbatch=sizes[0], global_batch=max(sizes[0], 1) * sizes[1]),
-        plain,
-        microbatches,
-    )
+
+    def fitting(c: config.Config, sizes: tuple[int, int]) -> config.Config:
+        launch = dataclasses.replace(c.launch, num_processes=min(c.launch.num_processes, 64))
+        batch = max(sizes[0], 1) * sizes[1] * max(launch.num_processes, 1)
+        return dataclasses.replace(c, microbatch=sizes[0], global_batch=batch, launch=launch)
+
+    return st.builds(fitting, plain, microbatches)
 
 
 @given(valid_configs())
@@ -379,3 +381,25 @@ def test_nearest_multiples_are_allowed_and_near(value, divisor):
 def test_recipes_in_the_repository_are_toml():
     for path in Path(__file__).parents[2].glob("recipes/*.toml"):
         assert config.from_toml(path.read_text())
+
+
+@pytest.mark.parametrize(
+    ("sizes", "expected"),
+    [
+        ({"global_batch": 8, "ranks": 3}, "global_batch: 8 must be divisible by launch.num_processes (3): use 6 or 9"),
+        (
+            {"global_batch": 12, "microbatch": 4, "ranks": 2},
+            "global_batch: 12 must be divisible by launch.num_processes (2) x microbatch (4): use 8 or 16",
+        ),
+        ({"global_batch": 30, "microbatch": 4, "ranks": 1}, "must be divisible by microbatch (4): use 28 or 32"),
+    ],
+)
+def test_sizes_that_ranks_cannot_share_are_found_before_any_is_started(sizes, expected):
+    table = {
+        "model": {"kind": "toy"},
+        "data": {"kind": "toy", "path": "d"},
+        "launch": {"num_processes": sizes.pop("ranks")},
+    }
+    with pytest.raises(ConfigError) as caught:
+        config.parse({**table, **sizes})
+    assert expected in str(caught.value)
