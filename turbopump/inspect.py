@@ -55,7 +55,7 @@ def _run(path: Path, verify: bool) -> dict[str, Any]:
             {"step": c.step, "bytes": c.num_bytes, "metrics": c.metrics, "problem": c.problem} for c in checkpoints
         ],
         "verified": verify or None,
-        "environment": _json(rundir.env),
+        "environment": _environment(rundir.env),
     }
 
 
@@ -105,12 +105,20 @@ def _weights(path: Path, verify: bool) -> dict[str, Any]:
     return {"tensors": {name: f"{entry.dtype} {list(entry.shape)}" for name, entry in sorted(tensors.items())}}
 
 
-def _json(path: Path, verify: bool = False) -> dict[str, Any]:
+def _environment(path: Path) -> dict[str, Any]:
+    """env.json of a run, or nothing where it is missing or damaged: the rest of the run can still be told."""
     try:
         value = from_json(path.read_bytes())
     except (OSError, ValueError):
         return {}
     return value if isinstance(value, dict) else {}
+
+
+def _json(path: Path, verify: bool) -> dict[str, Any]:
+    try:
+        return {"content": from_json(path.read_bytes())}
+    except ValueError as error:
+        raise UsageError(f"{path} is not valid JSON: {error}") from error
 
 
 _KINDS: tuple[tuple[str, Callable[[Path], bool], Callable[[Path, bool], dict[str, Any]]], ...] = (
@@ -131,7 +139,7 @@ def format_facts(facts: Mapping[str, Any], indent: int = 0, *, exact: bool = Fal
     lines: list[str] = []
     pad = "  " * indent
     for name, value in facts.items():
-        if value is None or value in ({}, [], ()):
+        if value is None or (value in ({}, [], ()) and not exact):
             continue
         label = pad + (name if exact else name.replace("_", " "))
         if isinstance(value, Mapping):
