@@ -141,7 +141,7 @@ def race(job: spine_loops.Job, effort: Effort, steps: int, directory: Path) -> d
     times: dict[str, list[float]] = {}
     with silence(), spine_loops.Turns(spine_loops.contestants(job, directory)) as turns:
         blocks = {name: partial(turns.take, name, steps) for name in turns.names}
-        for take in [*blocks.values()] * 2:  # start-ups, and optimizer states with the first update
+        for take in blocks.values():  # the start-up, and the optimizer's states with the first update
             take()
         while not times or len(times[OURS]) < effort.max_blocks:
             more = alternating_blocks(blocks, blocks=effort.blocks, warmup_blocks=0, clock=lambda: turns.cpu_s)
@@ -210,7 +210,7 @@ def checkpoint_rows(effort: Effort, demo: Config, directory: Path) -> list[Row]:
         precision=PrecisionConfig(compute="bf16"), optimizer=dataclasses.replace(demo.optimizer, kind="adamw"),
     )  # fmt: skip
     costs = {}
-    for name, config, steps, saves in (("demo", demo, 10, effort.demo_saves), ("52 M parameters", large, 12,
+    for name, config, steps, saves in (("demo", demo, 8, effort.demo_saves), ("52 M parameters", large, 12,
                                        effort.large_saves)):  # fmt: skip
         costs[name] = cost = spine_checkpoints.save_cost(config, directory / "saves", window_steps=steps, saves=saves)
         note(f"a save of {name}, {cost.checkpoint_bytes / 1e6:.0f} MB: {statistics.median(cost.wall_s):.3f} s of wall "
