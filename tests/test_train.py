@@ -20,7 +20,8 @@ from turbopump.core.spans import run_breakdown
 from turbopump.train import train
 
 COMMON = {"num_steps": 12, "global_batch": 16, "quiet": True, "logging": {"limit_s": 0.0, "every": 4},
-          "checkpoint": {"every": 4, "every_s": 0.0}, "schedule": {"warmup_steps": 2}, "optimizer": {"lr": 0.01}}  # fmt: skip
+          "checkpoint": {"every": 4, "every_s": 0.0}, "schedule": {"warmup_steps": 2},
+          "optimizer": {"lr": 0.01}}  # fmt: skip
 
 
 def run(path: Path, *, model: Net | None = None, dataset: Noisy | None = None, **settings: object):

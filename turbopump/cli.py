@@ -240,11 +240,11 @@ def report(*runs: Path, output: Path | None = None, json: Flag = False) -> None:
     json
         Print report.json instead of a summary.
     """
-    from turbopump import report as verb
+    from turbopump.report import report_from_command_line
 
     if not runs:
         raise UsageError("report needs a run directory: turbopump report runs/demo")
-    print(verb.report_from_command_line(runs, output=output, as_json=json))
+    print(report_from_command_line(runs, output=output, as_json=json))
 
 
 @app.command

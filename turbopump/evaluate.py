@@ -13,6 +13,7 @@ from turbopump.core.checkpoint_store import CheckpointInfo, list_checkpoints
 from turbopump.core.errors import DatasetError, UsageError
 from turbopump.core.files import to_json, write_atomic
 from turbopump.core.rundir import RunDir, open_run
+from turbopump.hardware.process import prepare_to_compute
 
 
 @dataclass(frozen=True)
@@ -35,6 +36,7 @@ def evaluate(
     `live` (a `training.build.Live`) gives again what the run was trained with as live objects. Raises `UsageError`,
     `DatasetError`, `CheckpointError`.
     """
+    prepare_to_compute()
     import torch
 
     from turbopump.training.build import resolve_task
@@ -136,4 +138,6 @@ def format_result(result: EvaluationResult, *, as_json: bool = False) -> str:
         return to_json(result).decode()
     head = f"{result.run} at step {result.step}, split {result.split}, {result.samples:,} samples"
     yardsticks = [f"  {name + ' (text)':<18}{value:.4f} bits per byte" for name, value in result.yardsticks.items()]
-    return "\n".join([head, *(f"  {name.replace('_', ' '):<18}{value:.4f}" for name, value in result.metrics.items()), *yardsticks])
+    return "\n".join(
+        [head, *(f"  {name.replace('_', ' '):<18}{value:.4f}" for name, value in result.metrics.items()), *yardsticks]
+    )

@@ -12,6 +12,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 from turbopump.core import plugins
@@ -19,6 +20,7 @@ from turbopump.core.config import Config, apply_override, load, parse, validate
 from turbopump.core.errors import UsageError
 from turbopump.core.rundir import RunDir
 from turbopump.hardware.detect import process_age_s
+from turbopump.hardware.process import prepare_to_compute
 
 if TYPE_CHECKING:
     from turbopump.training.loop import Job, TrainResult
@@ -54,6 +56,7 @@ def train(
     checkpoint or a safetensors file. An existing run directory is gone on with.
     Raises ConfigError, ResumeError, DatasetError, CheckpointError, NonFiniteError, OutOfMemoryError, RankError.
     """
+    prepare_to_compute()
     from turbopump.training.loop import Job, Live
 
     make_optimizer = optimizer if callable(optimizer) else None
@@ -180,6 +183,7 @@ def live_from_references(references: Mapping[str, str | None]) -> dict[str, Any]
 
     if any(references.values()) and "" not in sys.path:
         sys.path.insert(0, "")  # a module beside the recipe, as `python -m` would find it
+    prepare_to_compute()
     found = {name: plugins.load_function(text) for name, text in references.items() if text}
     return {name: value() if name != "loss" else value for name, value in found.items()}
 
@@ -203,9 +207,8 @@ def dry_run(recipe: Path, *, overrides: Sequence[str] = (), live: Mapping[str, s
     """The resolved configuration, sizes, FLOPs and memory estimate, as text; reads no data."""
     from turbopump.core.config import dumps
     from turbopump.planner.summary import format_summary, summarize
-    from turbopump.training.loop import Live
 
-    objects = Live(**live_from_references(live or {}))
+    objects = SimpleNamespace(**{"model": None, "dataset": None, **live_from_references(live or {})})
     config = load(recipe, overrides, live=_live_tables(objects))
     return dumps(config) + "\n" + format_summary(summarize(config), config)
 

@@ -56,6 +56,7 @@ class OptimizerConfig:
     beta1: Probability = setting(0.9, "decay of the first moment of AdamW")
     beta2: Probability = setting(0.95, "decay of the second moment of AdamW")
     muon_momentum: Probability = setting(0.95, "momentum of Muon")
+    muon_ns_steps: PositiveInt = setting(5, "Newton-Schulz iterations of Muon; 4 are cheaper and nearly as good")
     eps: PositiveFloat = setting(1e-8, "term of AdamW that keeps its division finite")
     weight_decay: NonNegativeFloat = setting(0.1, "decoupled weight decay of matrices; vectors (norms, biases) get 0")
     clip_norm: NonNegativeFloat = setting(1.0, "largest global gradient norm; 0 does not clip")
@@ -130,7 +131,9 @@ class LaunchConfig:
     """Processes of the run on this host."""
 
     num_processes: NonNegativeInt = setting(0, "processes, one device each; 0 takes one per GPU, or one on CPU")
-    threads: NonNegativeInt = setting(0, "CPU threads a process computes with; 0 shares the cores evenly")
+    threads: NonNegativeInt = setting(
+        0, "CPU threads a process computes with; 0 takes OMP_NUM_THREADS where it is set, or an even share of the cores"
+    )
     device: Literal["auto", "cpu", "cuda"] = setting("auto", "`auto` takes GPUs where there are any")
     timeout_s: PositiveFloat = setting(600.0, "seconds a process waits for the others before it gives up")
 

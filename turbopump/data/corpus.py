@@ -56,7 +56,13 @@ def find_files(
     """
     found: dict[Path, TextFile] = {}
     for source in sources:
-        in_folder = Path(source).is_dir()
+        try:
+            in_folder = Path(source).is_dir()
+        except OSError as error:
+            raise UsageError(
+                f"{str(source)[:60]!r}... is no file name ({error.strerror}): "
+                f"strings are paths; for texts, give an iterator"
+            ) from error
         for root, path in _expand(str(source), exclude):
             if in_folder and include and not any(fnmatch.fnmatch(path.name, pattern) for pattern in include):
                 continue

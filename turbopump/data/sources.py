@@ -60,6 +60,7 @@ class TokensSource:
         self.name = f"tokens {config.path} ({split})"
         self.seq_len = config.seq_len
         self._dataset = _open_kind(config.path, "tokens")
+        self.digest = self._dataset.manifest.digest
         entry = self._dataset.split(split)
         self.num_tokens = entry.rows
         self._len = max(0, (entry.rows - 1) // config.seq_len)
@@ -164,6 +165,7 @@ class ArraysSource:
         self._config, self._split = config, split
         self.name = f"arrays {config.path} ({split})"
         self._dataset = _open_kind(config.path, "arrays")
+        self.digest = self._dataset.manifest.digest
         self._bounds = self._dataset.row_bounds(split)
         self.fields = self._dataset.manifest.fields
 

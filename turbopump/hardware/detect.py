@@ -44,6 +44,13 @@ def num_cores() -> int:
     return allowed
 
 
+def num_threads(num_processes: int = 1) -> int:
+    """Threads each of `num_processes` on this host computes with: OMP_NUM_THREADS where it is set, as everywhere, or
+    an even share of the cores."""
+    wanted = os.environ.get("OMP_NUM_THREADS", "")
+    return int(wanted) if wanted.isdecimal() and int(wanted) else max(1, num_cores() // num_processes)
+
+
 def memory_bytes() -> int:
     return int(psutil.virtual_memory().total)
 

@@ -7,22 +7,23 @@ this machine (rates of `probe`, trials kept in choices.toml); where neither exis
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from turbopump.core.units import human, human_seconds
 from turbopump.reporting.account import Summary, run_shares, table
-from turbopump.reporting.load import measured, number
+from turbopump.reporting.load import STEP_FIELDS, measured
 from turbopump.reporting.words import KIND_NAMES, percent
 
 WORTH = 0.02
 
+
 @dataclass(frozen=True)
 class Finding:
     """One decision. `saves_at_most_s` is seconds of this run's wall time, a ceiling; `basis` says where it was
-    measured (`this run`, `this machine`); both None where no measurement supports a figure."""
+    measured (`this run`, `this machine`); both None where no measurement supports a figure. `about` is `time`,
+    `learning`, or `wrong`: something to put right whatever it costs."""
 
     title: str
     evidence: str
@@ -30,6 +31,7 @@ class Finding:
     setting: str | None = None
     saves_at_most_s: float | None = None
     basis: str | None = None
+    about: str = "time"
 
 
 def limits(summary: Summary) -> list[Finding]:
@@ -60,10 +62,17 @@ def _meaning(name: str, summary: Summary) -> str:
             f"hardware would shorten it."
         )
     if name == "below_limit" and speed.compute_share_of_limit is not None:
-        return (
+        text = (
             f"Forward and backward run at {percent(speed.compute_share_of_limit)} of the measured limit: small or "
             f"memory-bound operations (norms, attention, activations) take this part."
         )
+        default = default_route_share(summary)
+        if default is not None:
+            text += (
+                f" The limit was reached by the route {speed.limit_route}; the library's default reaches "
+                f"{percent(default)} of it here."
+            )
+        return text
     return {
         "compute": "Forward and backward. How near they are to the limit was not measured.",
         "steps": "Training steps; their parts were not measured.",
@@ -113,6 +122,7 @@ def _correctness(summary: Summary) -> Iterator[Finding]:
             action="Lower the peak learning rate, lengthen the warm-up, or clip harder, and look at the records of "
             "that step's batch.",
             setting=_settings(summary, "optimizer.lr", "schedule.warmup_steps", "optimizer.clip_norm"),
+            about="wrong",
         )
     speed = summary.speed
     share = speed.compute_share_of_limit
@@ -122,6 +132,7 @@ def _correctness(summary: Summary) -> Iterator[Finding]:
             evidence=f"Forward and backward reach {percent(share)} of it; nothing can pass 100 %.",
             action="Measure the machine again while it is otherwise idle; shares of the limit in this report are "
             "too high until then.",
+            about="wrong",
         )
 
 
@@ -182,7 +193,8 @@ def _time(summary: Summary) -> Iterator[Finding]:
                       "It is paid once an attempt: train longer, or restart less often.", "num_steps")  # fmt: skip
     yield from _idle(summary, wall_s)
     yield from _arithmetic(summary, shares, wall_s)
-    yield from _stragglers(summary, shares)
+    yield from _uneven(summary)
+    yield from _stragglers(summary)
 
 
 def _idle(summary: Summary, wall_s: float) -> Iterator[Finding]:
@@ -234,6 +246,13 @@ def _arithmetic(summary: Summary, shares: Mapping[str, float], wall_s: float) ->
             compute_s * (1 - 1 / ratio),
             "this machine",
         )
+    elif dtype_in_use(summary) == "fp32" and not _bf16_measured(summary) and compute_s >= 0.3 * wall_s:
+        yield Finding(
+            "See whether bf16 is faster here",
+            f"Forward and backward take {percent(compute_s / wall_s)} of the run in fp32; bf16 was not measured.",
+            'precision.compute = "auto" measures both in a few seconds and takes the faster one.',
+            _settings(summary, "precision.compute"),
+        )
     env = summary.env
     cores, threads = measured(env.get("num_cores")), measured(env.get("threads"))
     processes = measured(env.get("world_size")) or 1
@@ -256,7 +275,31 @@ def _arithmetic(summary: Summary, shares: Mapping[str, float], wall_s: float) ->
         )
 
 
-def _stragglers(summary: Summary, shares: Mapping[str, float]) -> Iterator[Finding]:
+def _bf16_measured(summary: Summary) -> bool:
+    rows = table(summary.env, "limit").get("rows")
+    listed = rows if isinstance(rows, list) else []
+    found = any(isinstance(row, Mapping) and _dtype_of(row) == "bf16" for row in listed)
+    return found or bool(table(summary.choices, "precision"))
+
+
+def _uneven(summary: Summary) -> Iterator[Finding]:
+    """Steps of very different length: the machine was shared, or the batches are."""
+    step = summary.steps
+    if step is None or step.num_steps < 20 or step.mean_s < 1.2 * step.median_s:
+        return
+    slow = max(STEP_FIELDS, key=lambda name: getattr(step.mean, name) - getattr(step.median, name))
+    yield Finding(
+        "Steps are uneven",
+        f"Half of them take less than {human_seconds(step.median_s)}, their mean is {human_seconds(step.mean_s)}, one "
+        f"in ten takes more than {human_seconds(step.p90_s)}; most of the difference is {KIND_NAMES[slow]}.",
+        "Look for other work on this machine, or for batches of very different length.",
+        None,
+        (step.mean_s - step.median_s) * step.num_steps,
+        "this run",
+    )
+
+
+def _stragglers(summary: Summary) -> Iterator[Finding]:
     if len(summary.ranks) < 2:
         return
     own_s = {r.rank: r.mean_s - r.mean.exposed_communication for r in summary.ranks}
@@ -268,34 +311,54 @@ def _stragglers(summary: Summary, shares: Mapping[str, float]) -> Iterator[Findi
             f"Without communication its mean step takes {human_seconds(own_s[slowest])}, the median rank's "
             f"{human_seconds(typical_s)} ({own_s[slowest] / typical_s:.2f} times).",
             "Look at what else runs on its device or host, and whether its samples are longer.",
+            None,
+            (own_s[slowest] - typical_s) * summary.num_steps_done,
+            "this run",
         )
 
 
 def faster_dtype(summary: Summary) -> tuple[str, float, str] | None:
-    """A dtype that was measured at least 1.1 times as fast as the one in use: (dtype, ratio, evidence)."""
+    """A dtype that was measured at least 1.1 times as fast as the one in use: (dtype, ratio, evidence).
+
+    None where the dtype was chosen by measurement: that trial has answered the question.
+    """
     used = dtype_in_use(summary)
-    if used is None:
-        return None
-    trials = choice_evidence(summary.choices, used)
-    rates: dict[str, float] = {}
     rows = table(summary.env, "limit").get("rows")
-    for row in rows if isinstance(rows, list) else []:
+    if used is None or table(summary.choices, "precision") or not isinstance(rows, list):
+        return None
+    rates: dict[str, float] = {}
+    for row in rows:
         if isinstance(row, Mapping) and (rate := measured(row.get("flops_per_s"))):
-            rates[str(row.get("dtype"))] = max(rate, rates.get(str(row.get("dtype")), 0.0))
-    if trials:  # a trial of the whole step outweighs rates of single operations
+            dtype = _dtype_of(row)
+            rates[dtype] = max(rate, rates.get(dtype, 0.0))
+    others = {d: r for d, r in rates.items() if d in ("fp32", "bf16") and d != used}
+    if used not in rates or not others:
         return None
-    allowed = {d: r for d, r in rates.items() if d in ("fp32", "bf16") and d != used}
-    if used not in rates or not allowed:
-        return None
-    best = max(allowed, key=lambda d: allowed[d])
-    ratio = allowed[best] / rates[used]
+    best = max(others, key=lambda d: others[d])
+    ratio = others[best] / rates[used]
     if ratio < 1.1:
         return None
     evidence = (
-        f"The best rate measured on this machine is {human(allowed[best], 'FLOP/s')} in {best} and "
+        f"The best rate measured on this machine is {human(others[best], 'FLOP/s')} in {best} and "
         f"{human(rates[used], 'FLOP/s')} in {used}: {ratio:.2f} times."
     )
     return best, ratio, evidence
+
+
+def _dtype_of(row: Mapping[str, Any]) -> str:
+    """The dtype of a measured row: its own field, or the last one of its operation, `Gemm(...,dtype=fp32)`."""
+    return str(row.get("dtype") or str(row.get("op", "")).rpartition("dtype=")[2].rstrip(")"))
+
+
+def default_route_share(summary: Summary) -> float | None:
+    """Best rate of the default route over the best of all routes; None where another one was not measured faster."""
+    rows = table(summary.env, "limit").get("rows")
+    rates: dict[str, float] = {}
+    for row in rows if isinstance(rows, list) else []:
+        if isinstance(row, Mapping) and (rate := measured(row.get("flops_per_s"))):
+            rates[str(row.get("route"))] = max(rate, rates.get(str(row.get("route")), 0.0))
+    share = rates["default"] / max(rates.values()) if "default" in rates else 1.0
+    return share if share < 0.95 else None
 
 
 def dtype_in_use(summary: Summary) -> str | None:
@@ -305,25 +368,9 @@ def dtype_in_use(summary: Summary) -> str | None:
         if isinstance(value, str) and value != "auto":
             return value
     observed = summary.env.get("dtype_in_use")
-    if isinstance(observed, list) and observed:
-        return "bf16" if "bf16" in observed else str(observed[0])
-    return None
-
-
-def choice_evidence(choices: Mapping[str, Any], wanted: str) -> dict[str, float]:
-    """Numbers of [precision] in choices.toml whose name or parent names a dtype, e.g. `fp32_step_s = 0.31`."""
-    found: dict[str, float] = {}
-
-    def walk(node: Mapping[str, Any], prefix: str) -> None:
-        for key, value in node.items():
-            name = f"{prefix}.{key}" if prefix else str(key)
-            if isinstance(value, Mapping):
-                walk(value, name)
-            elif any(d in name for d in ("fp32", "bf16")) and math.isfinite(number(value)):
-                found[name] = number(value)
-
-    walk(table(choices, "precision"), "")
-    return found if any(wanted in name for name in found) else {}
+    if isinstance(observed, Mapping) and observed:  # share of the FLOPs by dtype
+        return str(max(observed, key=lambda d: measured(observed[d]) or 0.0))
+    return str(observed[0]) if isinstance(observed, list) and observed else None
 
 
 # ---- learning -------------------------------------------------------------------------------------------------------
@@ -349,6 +396,7 @@ def _learning(summary: Summary) -> Iterator[Finding]:
             f"{quality.last:.4g} at step {quality.last_step}.",
             "Use the checkpoint nearest to its best step, train for fewer steps, or add data.",
             _settings(summary, "num_steps", "optimizer.weight_decay"),
+            about="learning",
         )
         return
     late = [p for p in points if p[0] >= 0.75 * quality.last_step]
@@ -360,6 +408,7 @@ def _learning(summary: Summary) -> Iterator[Finding]:
             f"{late[-1][1]:.4g} at step {late[-1][0]}, the last quarter of the run ({percent(gain)}).",
             "What more steps would bring was not measured.",
             _settings(summary, "num_steps"),
+            about="learning",
         )
 
 

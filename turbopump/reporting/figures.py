@@ -7,9 +7,9 @@ from typing import Any
 import numpy as np
 
 from turbopump.core.units import human, human_bytes, human_seconds
-from turbopump.reporting.account import QUALITY, Summary, counted_steps, main_split, time_bins
+from turbopump.reporting.account import QUALITY, WARMUP_STEPS, Summary, counted_steps, main_split, time_bins
 from turbopump.reporting.load import STEP_FIELDS, RankSpans, RunData, measured
-from turbopump.reporting.plots import Figure, Table, Trace, label, layout, line, points, vertical
+from turbopump.reporting.plots import Figure, Table, Trace, label, layout, line, log_ticks, mark, marked, points
 from turbopump.reporting.series import sample_rows, smooth, thin
 from turbopump.reporting.words import KIND_NAMES, percent
 
@@ -49,7 +49,7 @@ def evaluation_points(run: RunData, metric: str) -> tuple[np.ndarray, np.ndarray
 def smoothed_loss(run: RunData) -> tuple[np.ndarray, np.ndarray, int]:
     """Steps and smoothed loss of all steps [S], and the half window in steps."""
     step, loss = run.metrics.steps["step"], run.metrics.steps["loss"]
-    half = max(1, len(loss) // 100)
+    half = max(1, len(loss) // 50)
     return step, smooth(loss, half), half
 
 
@@ -65,9 +65,7 @@ def loss_figure(run: RunData) -> Figure | None:
     ]
     eval_step, eval_loss = evaluation_points(run, "loss")
     if len(eval_step):
-        data.append(
-            line(eval_step, eval_loss, name=f"{label(main_split(run) or '')}", colour="--curve2", markers=True)
-        )
+        data.append(line(eval_step, eval_loss, name=main_split(run) or "", colour="--curve2", markers=True))
     if not finite.all():
         bad = step[~finite]
         bad = bad[sample_rows(len(bad), 200)]
@@ -86,7 +84,8 @@ def loss_figure(run: RunData) -> Figure | None:
         summary=f"Training loss by step: {loss[first]:.4g} at step {step[first]}, {smoothed[last]:.4g} at step "
         f"{step[last]}" + (f"; evaluated {len(eval_step)} times." if len(eval_step) else "."),
         data=data,
-        layout=layout(x="step", y="loss", height=340, showlegend=True, hovermode="x unified"),
+        layout=layout(x="step", y="loss", height=340, hovermode="x unified"),
+        legend=True,
         table=Table(
             ["step", "loss", "smoothed", "held-out loss"],
             [[f"{s:,}", *(_value(v) for v in at.get(s, (None, None))), _value(evaluated.get(s))] for s in every],
@@ -135,8 +134,13 @@ def metric_figure(
         title=title,
         summary=f"{name} by step: between {finite.min():.3g} and {finite.max():.3g}.",
         data=[line(*thin(step, value), name=name, colour=colour, width=1.5)],
-        layout=layout(x="step", y=name, hovermode="x unified", height=240,
-                      yaxis={"type": "log" if log_y else "linear"}),  # fmt: skip
+        layout=layout(
+            x="step",
+            y=name,
+            hovermode="x unified",
+            height=240,
+            yaxis=log_ticks(finite.min(), finite.max()) if log_y else None,
+        ),
         table=Table(["step", name], [[f"{step[i]:,}", f"{value[i]:.4g}"] for i in rows]),
         log_x=True,
     )
@@ -174,14 +178,7 @@ def waterfall_figure(summary: Summary) -> Figure | None:
         "customdata": texts,
         "hovertemplate": "%{customdata}<extra></extra>",
     }
-    notes = [
-        {"x": max(b, b + w), "y": _wrapped(n), "text": t, "showarrow": False, "xanchor": "left", "xshift": 6,
-         "font": {"size": 12, "color": "--ink"}}
-        if b + w < 0.6e3 * total_s
-        else {"x": b, "y": _wrapped(n), "text": t, "showarrow": False, "xanchor": "right", "xshift": -6,
-              "font": {"size": 12, "color": "--ink"}}
-        for n, b, w, t in zip(names[:-1], base, widths, texts)
-    ]  # fmt: skip
+    notes = [_bar_text(n, b, w, t, 1e3 * total_s) for n, b, w, t in zip(names[:-1], base, widths, texts)]
     notes.append({"x": 0.5e3 * total_s, "y": names[-1], "text": texts[-1], "showarrow": False,
                   "font": {"size": 12, "color": "--on-measured"}})  # fmt: skip
     return Figure(
@@ -199,6 +196,22 @@ def waterfall_figure(summary: Summary) -> Figure | None:
     )  # fmt: skip
 
 
+def _bar_text(name: str, base: float, width: float, text: str, total: float) -> dict[str, Any]:
+    """The figures of a bar of the waterfall: to its right, to its left, or inside, wherever there is room."""
+    note = {"y": _wrapped(name), "text": text, "showarrow": False, "font": {"size": 12, "color": "--ink"}}
+    left, right = min(base, base + width), max(base, base + width)
+    if right < 0.55 * total:
+        return note | {"x": right, "xanchor": "left", "xshift": 6}
+    if left > 0.45 * total:
+        return note | {"x": left, "xanchor": "right", "xshift": -6}
+    return note | {"x": (left + right) / 2, "font": {"size": 12, "color": f"--on-{_css(name)}"}}
+
+
+def _css(words: str) -> str:
+    """The style sheet's word for a kind of time named in words."""
+    return next((kind.replace("_", "-") for kind, named in KIND_NAMES.items() if named == words), "measured")
+
+
 def _wrapped(name: str) -> str:
     """Two lines for long names: a phone has no room for them beside the bars."""
     if len(name) < 16:
@@ -211,7 +224,9 @@ def _wrapped(name: str) -> str:
 def waterfall_table(summary: Summary) -> Table:
     total_s = sum(bar.s for bar in summary.waterfall)
     rows = [[KIND_NAMES[b.name], human_seconds(b.s), percent(b.s / total_s)] for b in summary.waterfall]
-    return Table(["part of the mean step", "time", "share"], [*rows, ["measured step", human_seconds(total_s), "100 %"]])
+    return Table(
+        ["part of the mean step", "time", "share"], [*rows, ["measured step", human_seconds(total_s), "100 %"]]
+    )
 
 
 def waterfall_note(summary: Summary) -> str:
@@ -219,8 +234,8 @@ def waterfall_note(summary: Summary) -> str:
     if steps is None:
         return ""
     text = (
-        f"Mean of {steps.num_steps:,} steps; the first {steps.num_warmup_excluded} of the run's attempts are left out "
-        f"as warm-up."
+        f"Mean of {steps.num_steps:,} steps; the first {WARMUP_STEPS} steps of each attempt are left out as warm-up "
+        f"({steps.num_warmup_excluded} in all)."
     )
     if summary.speed.limit_flops_per_s:
         dtype = f" in {summary.speed.limit_dtype}" if summary.speed.limit_dtype else ""
@@ -252,23 +267,24 @@ def kinds_figure(main: RankSpans) -> Figure | None:
                 "hovertemplate": "%{y:.1f} %",
             }
         )
-    shapes, notes = [], []
-    for attempt in main.attempts[1:20]:
+    totals = {name: float(seconds.sum()) for name, seconds in kinds.items()}
+    marks = []
+    for attempt in main.attempts[1:8]:
         at_step = f" from step {attempt.restored_step}" if attempt.restored_step is not None else ""
-        shape, note = vertical(attempt.start_s / unit_s, f"attempt {attempt.number + 1}{at_step}")
-        shapes.append(shape)
-        notes.append(note)
+        marks.append(mark(attempt.start_s / unit_s, f"attempt {attempt.number + 1}{at_step}",
+                          end=attempt.start_s > main.wall_s / 2))  # fmt: skip
     return Figure(
         id="kinds",
         title="Where the time went, over the run",
         summary="Share of each moment by kind of time; the totals are in the table of the run's wall time.",
         data=data,
-        layout=layout(x=unit, y="% of the time", height=320, barmode="stack", bargap=0, showlegend=True,
+        layout=layout(x=unit, y="% of the time", height=320, barmode="stack", bargap=0,
                       hovermode="x unified", yaxis={"range": [0, 100]},
-                      xaxis={"range": [0, main.wall_s / unit_s]}, shapes=shapes, annotations=notes),
+                      xaxis={"range": [0, main.wall_s / unit_s]}, **marked(marks)),
         table=Table(["kind", "time", "share"],
-                    [[KIND_NAMES[k], human_seconds(s.sum()), percent(s.sum() / main.wall_s)] for k, s in kinds.items()]),
+                    [[KIND_NAMES[k], human_seconds(t), percent(t / main.wall_s)] for k, t in totals.items()]),
         wide=True,
+        legend=True,
     )  # fmt: skip
 
 
@@ -289,8 +305,9 @@ def distribution_figure(main: RankSpans) -> Figure | None:
     counts, edges = np.histogram(np.minimum(step_ms, high), bins=min(60, max(12, len(step_ms) // 20)),
                                  range=(low, high))  # fmt: skip
     median, p90, slowest = float(np.median(step_ms)), float(np.percentile(step_ms, 90)), float(step_ms.max())
-    marks = [vertical(median, "median")] + ([vertical(p90, "p90")] if p90 - median > 0.1 * (high - low) else [])
-    marks[0][1].update(xanchor="right", text="median ")
+    marks = [mark(median, "median ", end=True)]
+    if p90 - median > 0.1 * (high - low):
+        marks.append(mark(p90, " p90"))
     return Figure(
         id="distribution",
         title="Step time",
@@ -306,10 +323,23 @@ def distribution_figure(main: RankSpans) -> Figure | None:
                 "hovertemplate": "%{y} steps near %{x:.4~g} ms<extra></extra>",
             }
         ],
-        layout=layout(x="milliseconds", y="steps", bargap=0.02, height=260, shapes=[m[0] for m in marks],
-                      annotations=[m[1] for m in marks]),  # fmt: skip
-        table=Table(["", "ms"], [["fastest", f"{low:.4g}"], ["median", f"{median:.4g}"], ["p90", f"{p90:.4g}"],
-                                 ["p99", f"{high:.4g}"], ["slowest", f"{slowest:.4g}"]]),  # fmt: skip
+        layout=layout(
+            x="milliseconds",
+            y="steps",
+            bargap=0.02,
+            height=260,
+            **marked(marks),
+        ),
+        table=Table(
+            ["", "ms"],
+            [
+                ["fastest", f"{low:.4g}"],
+                ["median", f"{median:.4g}"],
+                ["p90", f"{p90:.4g}"],
+                ["p99", f"{high:.4g}"],
+                ["slowest", f"{slowest:.4g}"],
+            ],
+        ),
         note=f"The slowest 1 % (up to {slowest:.4g} ms) share the last bar.",
     )
 
@@ -326,8 +356,7 @@ def throughput_figure(run: RunData, summary: Summary) -> Figure | None:
         title="Throughput",
         summary=f"{unit} by step: median {human(float(np.median(finite)))}, lowest {human(float(finite.min()))}.",
         data=[line(*thin(step, rate), name=unit, colour="--curve1", width=1.5)],
-        layout=layout(x="step", y=label(unit), hovermode="x unified", height=260,
-                      yaxis={"rangemode": "tozero"}),  # fmt: skip
+        layout=layout(x="step", y=label(unit), hovermode="x unified", height=260, yaxis={"rangemode": "tozero"}),
         table=Table(["step", unit], [[f"{step[i]:,}", human(rate[i])] for i in rows]),
     )
 
@@ -352,10 +381,11 @@ def limit_figure(run: RunData, summary: Summary) -> Figure | None:
         f"{percent(summary.speed.share_of_limit) if summary.speed.share_of_limit is not None else 'not measured'} on "
         f"average.",
         data=data,
-        layout=layout(x="step", y="%", hovermode="x unified", height=260, showlegend=len(data) > 1,
+        layout=layout(x="step", y="%", hovermode="x unified", height=260,
                       yaxis={"range": [0, max(100.0, 1.05 * max(max(v for v in t["y"]) for t in data))]}),
         table=Table(["step", "share of limit", "MFU"],
                     [[f"{step[i]:,}", percent(shares[i]), percent(progress["mfu"][i])] for i in rows]),
+        legend=len(data) > 1,
     )  # fmt: skip
 
 
@@ -378,9 +408,9 @@ def memory_figure(run: RunData) -> Figure | None:
         title="Memory",
         summary=f"Memory by step; at most {human_bytes(peak)}.",
         data=data,
-        layout=layout(x="step", y="GB", hovermode="x unified", height=260, showlegend=len(data) > 1,
-                      yaxis={"rangemode": "tozero"}),  # fmt: skip
+        layout=layout(x="step", y="GB", hovermode="x unified", height=260, yaxis={"rangemode": "tozero"}),
         table=Table(["step", "process", "device"], cells),
+        legend=len(data) > 1,
     )
 
 
@@ -404,15 +434,16 @@ def ranks_figure(summary: Summary) -> Figure | None:
         title="Ranks side by side",
         summary="Mean step of each rank by kind of time.",
         data=data,
-        layout=layout(x="milliseconds", y="", height=90 + 34 * len(names), barmode="stack", showlegend=True,
+        layout=layout(x="milliseconds", y="", height=90 + 34 * len(names), barmode="stack",
                       yaxis={"autorange": "reversed", "showgrid": False}, xaxis={"showgrid": True}),
         table=Table(header, rows),
         wide=True,
+        legend=True,
     )  # fmt: skip
 
 
-def stacked_bar(names: list[str], values: list[float], part: str) -> dict[str, Any]:
-    """One part of the step of several ranks or runs, in milliseconds."""
+def stacked_bar(names: list[str], values: list[float], part: str, unit: str = "ms") -> dict[str, Any]:
+    """One kind of time of several ranks or runs, stacked on the kinds before it."""
     return {
         "type": "bar",
         "orientation": "h",
@@ -420,5 +451,5 @@ def stacked_bar(names: list[str], values: list[float], part: str) -> dict[str, A
         "x": [float(f"{v:.5g}") for v in values],
         "name": KIND_NAMES[part],
         "marker": {"color": f"--{part.replace('_', '-')}", "line": {"width": 0}},
-        "hovertemplate": "%{x:.4~g} ms",
+        "hovertemplate": f"%{{x:.4~g}} {unit}",
     }

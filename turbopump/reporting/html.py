@@ -14,6 +14,7 @@ from importlib.resources import files
 from typing import Any
 
 from turbopump.core.files import to_json
+from turbopump.core.units import human, human_seconds
 from turbopump.core.version import VERSION
 from turbopump.reporting.plots import Figure, Table, plotly_js
 
@@ -24,7 +25,7 @@ class Html(str):
     """Text that is HTML already and is not escaped again."""
 
 
-def tag(name: str, *children: Any, **attributes: Any) -> Html:
+def tag(name: str, /, *children: Any, **attributes: Any) -> Html:
     """`<name attributes>children</name>`. Attribute names: `class_` for class, `_` for `-`; None and False are left
     out. Children that are not `Html` are escaped."""
     shown = []
@@ -37,12 +38,17 @@ def tag(name: str, *children: Any, **attributes: Any) -> Html:
     return Html(f"<{name}{''.join(shown)}>" if name in _VOID else f"<{name}{''.join(shown)}>{inside}</{name}>")
 
 
+def prose(text: str) -> Html:
+    """Text whose percent signs stay on the line of their number."""
+    return Html(escape(text).replace(" %", "&nbsp;%"))
+
+
 def join(parts: Iterable[Html]) -> Html:
     return Html("".join(parts))
 
 
-def table(content: Table, *, caption: str = "", numeric: bool = True) -> Html:
-    """A table; the first column is the row's heading. Wide ones scroll inside their own box."""
+def table(content: Table, *, caption: str = "", kind: str = "numbers", whole: bool = False) -> Html:
+    """A table; the first column is the row's heading. Wide ones, and long ones unless `whole`, scroll in their box."""
     if not content.rows:
         return tag("p", "Nothing was measured.", class_="muted")
     head = tag("tr", *(tag("th", cell, scope="col") for cell in content.header))
@@ -51,8 +57,15 @@ def table(content: Table, *, caption: str = "", numeric: bool = True) -> Html:
         for row in content.rows
     ]
     inner = tag("table", tag("caption", caption) if caption else Html(), tag("thead", head), tag("tbody", *body),
-                class_="numbers" if numeric else None)  # fmt: skip
-    return tag("div", inner, class_="scroll", tabindex="0", role="region", aria_label=caption or "table")
+                class_=kind)  # fmt: skip
+    return tag(
+        "div",
+        inner,
+        class_="scroll whole" if whole else "scroll",
+        tabindex="0",
+        role="region",
+        aria_label=caption or "table",
+    )
 
 
 def figure(content: Figure) -> Html:
@@ -63,12 +76,25 @@ def figure(content: Figure) -> Html:
     return tag(
         "figure",
         tag("figcaption", tag("h3", content.title), tools),
+        _legend(content) if content.legend else Html(),
         tag("div", id=f"plot-{content.id}", class_="plot", role="img", aria_label=f"{content.title}. {content.summary}",
             style=f"min-height:{content.layout.get('height', 280)}px"),
         tag("p", content.note, class_="muted") if content.note else Html(),
         details("Table", table(content.table, caption=content.title)),
         class_="card wide" if content.wide else "card",
     )  # fmt: skip
+
+
+def _legend(content: Figure) -> Html:
+    """Names of the curves as buttons that hide and show them; wraps on a phone, which plotly's own legend does not."""
+    items = []
+    for i, trace in enumerate(content.data):
+        colour = trace["line" if trace["type"] == "scatter" and "line" in trace else "marker"]["color"]
+        swatch = tag("span", class_="swatch", style=f"background:var({colour})")
+        name = Html(trace["name"])  # escaped already, by plots.label
+        items.append(tag("li", tag("button", swatch, name, type="button", data_figure=content.id, data_trace=i,
+                                   aria_pressed="true")))  # fmt: skip
+    return tag("ul", *items, class_="legend")
 
 
 def details(summary: str, *children: Html, open_: bool = False) -> Html:
@@ -81,7 +107,22 @@ def section(title: str, *children: Html, id_: str) -> Html:
 
 def nested_table(values: dict[str, Any], *, header: Sequence[str] = ("setting", "value")) -> Html:
     """A nested table of settings as rows of dotted paths."""
-    return table(Table(header, [[k, v] for k, v in flatten(values)]), numeric=False)
+    return table(Table(header, [[k, v] for k, v in flatten(values)]), kind="settings")
+
+
+def records_table(rows: Sequence[dict[str, Any]], caption: str) -> Html:
+    """A list of records as a table with one column a key."""
+    keys = list(dict.fromkeys(key for row in rows for key, value in row.items() if value not in (None, "")))
+    shown = [[_cell(key, row.get(key)) for key in keys] for row in rows]
+    return table(Table([key.replace("_", " ") for key in keys], shown), caption=caption, kind="records")
+
+
+def _cell(key: str, value: Any) -> str:
+    if isinstance(value, (int, float)) and not isinstance(value, bool):
+        if key.endswith("_per_s"):
+            return f"{human(value)}/s"
+        return human_seconds(value) if key == "s" or key.endswith("_s") else f"{value:.6g}"
+    return "" if value is None else str(value)
 
 
 def flatten(values: Any, prefix: str = "") -> list[tuple[str, str]]:

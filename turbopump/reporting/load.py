@@ -77,6 +77,7 @@ class RankSpans:
     lost: np.ndarray
     breakdown: RunBreakdown
     wall_s: float
+    first_epoch_s: float
 
 
 @dataclass(frozen=True)
@@ -160,7 +161,7 @@ def _lines(path: Path, notes: list[str], needed: bool = True) -> Iterator[dict[s
         for line in file:
             try:
                 record = from_json(line)
-            except ValueError:
+            except ValueError:  # UnicodeDecodeError is one too
                 damaged += bool(line.strip())
                 continue
             if isinstance(record, dict):
@@ -226,7 +227,8 @@ class _Reader:
     def _take_attempt(self, record: Mapping[str, Any]) -> None:
         if not self.attempts:
             self._first_epoch_s = record["epoch_s"]
-        self._base_s = record["epoch_s"] - self._first_epoch_s
+        before_s = max((a["last_s"] for a in self.attempts), default=0.0)
+        self._base_s = max(before_s, record["epoch_s"] - self._first_epoch_s)  # also where the clock was set back
         self.attempts.append({"start_s": self._base_s, "last_s": self._base_s, "restored_step": None,
                               "end_reason": None})  # fmt: skip
 
@@ -268,6 +270,7 @@ class _Reader:
             lost=lost,
             breakdown=breakdown,
             wall_s=max((a.last_s for a in attempts), default=0.0),
+            first_epoch_s=self._first_epoch_s,
         )
 
 

@@ -39,6 +39,16 @@
     });
   }
 
+  for (const button of document.querySelectorAll("button[data-trace]")) {
+    button.addEventListener("click", () => {
+      const on = button.getAttribute("aria-pressed") !== "true";
+      button.setAttribute("aria-pressed", String(on));
+      const id = "plot-" + button.dataset.figure;
+      figures[id].data[Number(button.dataset.trace)].visible = on;
+      draw(id);
+    });
+  }
+
   window.matchMedia("(prefers-color-scheme: dark)").addEventListener("change", drawAll);
   window.addEventListener("beforeprint", drawAll);
   drawAll().then(() => document.documentElement.setAttribute("data-drawn", "true"));

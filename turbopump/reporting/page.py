@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
+from datetime import datetime
 from typing import Any
 
 from turbopump.core.units import human, human_bytes, human_seconds
@@ -11,13 +13,14 @@ from turbopump.reporting import html
 from turbopump.reporting.account import Summary, run_shares
 from turbopump.reporting.decide import Finding, changes, limits, nothing_to_change
 from turbopump.reporting.figures import run_figures
-from turbopump.reporting.html import Html, join, tag
+from turbopump.reporting.html import Html, join, prose, tag
 from turbopump.reporting.load import RUN_FIELDS, STEP_FIELDS, RunData, measured
 from turbopump.reporting.plots import Figure, Table
 from turbopump.reporting.words import KIND_NAMES, NOT_MEASURED, headline, memory_text, percent
 
 _SHOWN_SAMPLES = 6
 _SAMPLE_CHARACTERS = 3000
+_FIRST = 4  # changes shown at once
 
 
 def run_page(run: RunData, summary: Summary) -> bytes:
@@ -25,7 +28,9 @@ def run_page(run: RunData, summary: Summary) -> bytes:
     figures = run_figures(run, summary)
     parts = [
         decisions(summary),
-        html.section("Learning", plots(figures, "loss", "quality", "lr", "grad_norm"), evaluations(summary), id_="learning"),
+        html.section(
+            "Learning", plots(figures, "loss", "quality", "lr", "grad_norm"), evaluations(summary), id_="learning"
+        ),
         html.section(
             "Where the time went",
             wall_time(summary),
@@ -46,7 +51,6 @@ def run_page(run: RunData, summary: Summary) -> bytes:
 
 def page_header(summary: Summary) -> Html:
     speed, steps, quality = summary.speed, summary.steps, summary.quality
-    unit = f"{speed.unit}s/s"
     tiles: list[tuple[str, str, str]] = []
     if quality is not None:
         show = percent if quality.metric == "accuracy" else lambda v: f"{v:.4g}"
@@ -54,8 +58,9 @@ def page_header(summary: Summary) -> Html:
         tiles.append((quality.name, show(quality.last), was if quality.first_step != quality.last_step else ""))
     tiles.append(("wall time", human_seconds(summary.run.wall_s) if summary.run else NOT_MEASURED,
                   f"{summary.num_steps_done:,} steps"))  # fmt: skip
-    tiles.append(("throughput", f"{human(speed.units_per_s)} {unit}" if speed.units_per_s else NOT_MEASURED,
-                  f"{human(speed.goodput_units_per_s)} over the wall time" if speed.goodput_units_per_s else ""))  # fmt: skip
+    over_all = f"{human(speed.goodput_units_per_s)} over the wall time" if speed.goodput_units_per_s else ""
+    units = human(speed.units_per_s) if speed.units_per_s else NOT_MEASURED
+    tiles.append((f"{speed.unit}s per second", units, over_all))
     tiles.append(("step", human_seconds(steps.mean_s) if steps else NOT_MEASURED,
                   f"median {human_seconds(steps.median_s)}" if steps else ""))  # fmt: skip
     limit = f"of {human(speed.limit_flops_per_s, 'FLOP/s')} measured" if speed.limit_flops_per_s else ""
@@ -71,7 +76,7 @@ def page_header(summary: Summary) -> Html:
         "header",
         tag("h1", summary.name),
         tag("p", status_text(summary), class_="status"),
-        tag("p", headline(summary), class_="headline"),
+        tag("p", prose(headline(summary)), class_="headline"),
         tag("dl", *(tile(*t) for t in tiles), class_="tiles"),
         notes,
     )
@@ -84,21 +89,28 @@ def tile(name: str, value: str, more: str) -> Html:
 
 def status_text(summary: Summary) -> str:
     started = summary.env.get("started")
-    parts = [f"started {started}" if isinstance(started, str) else "", f"ended: {summary.status}"]
+    parts = [f"started {_moment(started)}" if isinstance(started, str) else "", f"ended: {summary.status}"]
     if summary.run is not None and summary.run.num_attempts > 1:
         parts.append(f"{summary.run.num_attempts} attempts")
     return " · ".join(p for p in parts if p)
 
 
+def _moment(text: str) -> str:
+    """An ISO moment as people write it; as it is where it is none."""
+    try:
+        return datetime.fromisoformat(text).strftime("%Y-%m-%d %H:%M %Z").strip()
+    except ValueError:
+        return text
+
+
 def decisions(summary: Summary) -> Html:
     """What limits this run, what to change first."""
     found, limiting = changes(summary), limits(summary)
-    left = [tag("li", tag("h3", f.title), tag("p", f"{f.evidence}. {f.action}")) for f in limiting]
-    right: Html
-    if found:
-        right = tag("ol", *(change_item(f) for f in found))
-    else:
-        right = tag("p", nothing_to_change(summary))
+    left = [tag("li", tag("h3", prose(f.title)), tag("p", prose(f"{f.evidence}. {f.action}"))) for f in limiting]
+    right = tag("ol", *map(change_item, found[:_FIRST])) if found else tag("p", prose(nothing_to_change(summary)))
+    if len(found) > _FIRST:
+        more = tag("ol", *map(change_item, found[_FIRST:]), style="margin-top:8px")
+        right = join([right, html.details(f"{len(found) - _FIRST} more", more)])
     return tag(
         "div",
         tag("section", tag("h2", "What limits this run", id="limits-title"),
@@ -115,15 +127,18 @@ def change_item(finding: Finding) -> Html:
         where = "measured in this run" if finding.basis == "this run" else "measured on this machine"
         gain = tag("span", f"saves at most {human_seconds(finding.saves_at_most_s)}", class_="gain", title=where)
     else:
-        gain = tag("span", "gain not measured", class_="gain none")
+        gain = tag("span", "gain not measured", class_="gain none") if finding.about == "time" else Html()
     setting = tag("p", tag("code", finding.setting)) if finding.setting else Html()
-    action = tag("p", finding.action) if finding.action else Html()
-    return tag("li", tag("h3", finding.title, gain), tag("p", finding.evidence), action, setting)
+    text = f"{finding.evidence} {finding.action}".strip()
+    return tag("li", tag("h3", finding.title, gain), tag("p", prose(text)), setting)
 
 
 def plots(figures: Mapping[str, Figure], *ids: str) -> Html:
     """The cards of the figures that exist; a half-width card without a neighbour is made wide by being last."""
-    found = [html.figure(figures[i]) for i in ids if i in figures]
+    shown = [figures[i] for i in ids if i in figures]
+    narrow = [figure.id for figure in shown if not figure.wide]
+    alone = narrow[-1] if len(narrow) % 2 else None
+    found = [html.figure(replace(figure, wide=True) if figure.id == alone else figure) for figure in shown]
     if not found:
         return tag("p", "Not measured.", class_="muted")
     noscript = Html()
@@ -147,7 +162,8 @@ def wall_time(summary: Summary) -> Html:
         ),
         class_="bar",
         role="img",
-        aria_label="Wall time by kind: " + ", ".join(f"{KIND_NAMES[n]} {percent(s / wall_s)}" for n, s in shown.items()),
+        aria_label="Wall time by kind: "
+        + ", ".join(f"{KIND_NAMES[n]} {percent(s / wall_s)}" for n, s in shown.items()),
     )
     legend = tag("ul", *(legend_item(n, s, wall_s) for n, s in shown.items()), class_="legend")
     run = summary.run
@@ -274,12 +290,28 @@ def configuration(summary: Summary) -> Html:
     parts = []
     if summary.choices:
         note = tag("p", "Settings that the recipe left to a measurement on this machine.", class_="muted")
-        parts.append(html.details("Chosen by measurement", note, html.nested_table(summary.choices), open_=True))
+        parts.append(html.details("Chosen by measurement", note, *_choices(summary.choices), open_=True))
     parts.append(html.details("Configuration", html.nested_table(config) if config else missing("config.toml")))
     parts.append(html.details("Environment", html.nested_table(env) if env else missing("env.json")))
-    known = isinstance(limit, dict) and limit
-    parts.append(html.details("Measured limit", html.nested_table(limit) if known else missing("the limit")))  # type: ignore[arg-type]
+    shown = _with_records(limit) if isinstance(limit, dict) and limit else [missing("the limit")]
+    parts.append(html.details("Measured limit", *shown))
     return tag("div", *parts, class_="card")
+
+
+def _choices(choices: Mapping[str, Any]) -> list[Html]:
+    """What was chosen, each with the rows of its measurement."""
+    found = []
+    for name, values in choices.items():
+        if isinstance(values, dict):
+            found += [tag("h3", name.replace("_", " ")), *_with_records(values)]
+    return found
+
+
+def _with_records(values: dict[str, Any]) -> list[Html]:
+    """Plain values as settings, lists of records as tables below them."""
+    lists = {k: v for k, v in values.items() if isinstance(v, list) and v and all(isinstance(r, dict) for r in v)}
+    plain = html.nested_table({k: v for k, v in values.items() if k not in lists})
+    return [plain, *(html.records_table(rows[:200], name) for name, rows in lists.items())]
 
 
 def missing(what: str) -> Html:
@@ -287,4 +319,6 @@ def missing(what: str) -> Html:
 
 
 def page_footer() -> Html:
-    return tag("footer", f"Written by turbopump {VERSION}. Opens without a network; nothing in it is loaded from outside.")
+    return tag(
+        "footer", f"Written by turbopump {VERSION}. Opens without a network; nothing in it is loaded from outside."
+    )

@@ -7,8 +7,9 @@ between light and dark. So a kind of time has one colour everywhere, kept in pag
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import cache
 from html import escape
 from typing import Any
@@ -44,8 +45,8 @@ class Figure:
     table: Table
     log_x: bool = False
     wide: bool = False
+    legend: bool = False
     note: str = ""
-    extra: Mapping[str, Any] = field(default_factory=dict)
 
 
 @cache
@@ -75,14 +76,19 @@ def layout(*, x: str, y: str, height: int = 280, **more: Any) -> dict[str, Any]:
         "plot_bgcolor": "rgba(0,0,0,0)",
         "font": {"family": "system-ui, sans-serif", "size": 12, "color": "--ink"},
         "hoverlabel": {"bgcolor": "--card", "bordercolor": "--axis", "font": {"color": "--ink"}},
-        "xaxis": {**axis, "title": {"text": x, "font": {"color": "--muted"}}, "showline": True, "showgrid": False},
+        "xaxis": {
+            **axis,
+            "title": {"text": x, "font": {"color": "--muted"}},
+            "showline": True,
+            "showgrid": False,
+            "rangemode": "nonnegative",
+        },
         "yaxis": {**axis, "title": {"text": y, "font": {"color": "--muted"}}},
-        "legend": {"orientation": "h", "x": 0, "y": 1.02, "yanchor": "bottom", "font": {"size": 12}},
         "showlegend": False,
         "uirevision": "keep",
     }
     for name in ("xaxis", "yaxis"):
-        base[name].update(more.pop(name, {}))
+        base[name].update(more.pop(name, None) or {})
     return {**base, **more}
 
 
@@ -98,13 +104,13 @@ def line(
     dash: str = "solid",
     unit: str = "",
 ) -> Trace:
-    """A curve of x, y [N]."""
+    """A curve of x, y [N]; `name` is plain text."""
     trace: Trace = {
         "type": "scatter",
         "mode": "lines+markers" if markers else "lines",
         "x": significant(x, 8),
         "y": significant(y),
-        "name": name,
+        "name": label(name),
         "line": {"color": colour, "width": width, "dash": dash},
         "connectgaps": True,
     }
@@ -124,16 +130,39 @@ def points(x: np.ndarray, y: np.ndarray, *, name: str, colour: str, symbol: str 
         "mode": "markers",
         "x": significant(x, 8),
         "y": significant(y),
-        "name": name,
+        "name": label(name),
         "marker": {"color": colour, "size": 9, "symbol": symbol},
         "hovertemplate": "%{x}",
     }
 
 
-def vertical(x: float, text: str) -> tuple[dict[str, Any], dict[str, Any]]:
-    """A dotted vertical line with a small text at its top: (shape, annotation)."""
-    shape = {"type": "line", "x0": x, "x1": x, "y0": 0, "y1": 1, "yref": "paper",
-             "line": {"color": "--muted", "width": 1, "dash": "dot"}}  # fmt: skip
-    note = {"x": x, "y": 1, "yref": "paper", "text": label(text), "showarrow": False, "xanchor": "left",
-            "yanchor": "top", "font": {"size": 11, "color": "--muted"}}  # fmt: skip
+def log_ticks(low: float, high: float) -> dict[str, Any]:
+    """A logarithmic axis over low..high with ticks at 1, 2 and 5 times the powers of ten, written out."""
+    decades = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
+    steps = (1, 2, 5) if high < 1000 * low else (1,)
+    ticks = [m * 10.0**d for d in decades for m in steps]
+    return {"type": "log", "tickvals": ticks, "ticktext": [f"{t:g}" for t in ticks]}
+
+
+def mark(at: float, text: str, *, end: bool = False) -> tuple[dict[str, Any], dict[str, Any]]:
+    """A dotted vertical line with a small text above the plot, ending or beginning at it: (shape, annotation)."""
+    shape = {
+        "type": "line", "x0": at, "x1": at, "y0": 0, "y1": 1, "yref": "paper",
+        "line": {"color": "--muted", "width": 1, "dash": "dot"},
+    }  # fmt: skip
+    note = {
+        "x": at, "y": 1, "yref": "paper", "text": label(text), "showarrow": False, "yanchor": "bottom",
+        "xanchor": "right" if end else "left", "font": {"size": 11, "color": "--muted"},
+    }  # fmt: skip
     return shape, note
+
+
+def marked(marks: Sequence[tuple[dict[str, Any], dict[str, Any]]]) -> dict[str, Any]:
+    """What a layout needs to show marks, with room for their texts."""
+    if not marks:
+        return {}
+    return {
+        "shapes": [shape for shape, _ in marks],
+        "annotations": [note for _, note in marks],
+        "margin": {"l": 48, "r": 10, "t": 24, "b": 40},
+    }

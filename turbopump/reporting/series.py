@@ -1,7 +1,7 @@
 """Long series made short: a plot of a million steps carries a few thousand points and still shows every spike.
 
 `thin` keeps the smallest and the largest value of each bucket; `smooth` is a centred mean whose window shrinks towards
-both ends, so that neither the first drop nor the last value of a loss curve is blurred by steps far away.
+the start, so that the first drop of a loss curve is not blurred by steps far away.
 """
 
 from __future__ import annotations
@@ -34,8 +34,8 @@ def thin(x: np.ndarray, y: np.ndarray, max_buckets: int = MAX_BUCKETS) -> tuple[
 
 
 def smooth(y: np.ndarray, half_window: int) -> np.ndarray:
-    """Mean of y over `half_window` neighbours on each side, fewer near the ends; values that are not finite are left
-    out of it."""
+    """Mean of y over `half_window` neighbours on each side, as many as there are before near the start, those that
+    there are near the end; values that are not finite are left out of it."""
     count = len(y)
     if count == 0 or half_window < 1:
         return y
@@ -43,8 +43,8 @@ def smooth(y: np.ndarray, half_window: int) -> np.ndarray:
     total = np.concatenate([[0.0], np.cumsum(np.where(finite, y, 0.0))])
     number = np.concatenate([[0], np.cumsum(finite)])
     i = np.arange(count)
-    half = np.minimum(half_window, np.minimum(i, count - 1 - i))
-    low, high = i - half, i + half + 1
+    half = np.minimum(half_window, i)
+    low, high = i - half, np.minimum(i + half + 1, count)
     with np.errstate(invalid="ignore", divide="ignore"):
         return (total[high] - total[low]) / (number[high] - number[low])
 

@@ -156,7 +156,7 @@ def build_state(config: Config, task: Task, run: Run) -> TrainState:
         )  # fmt: skip
     return TrainState(
         model=model, forward_backward=forward_backward, loader=loader, seed=config.seed,
-        optimizer=build_optimizer(model, config, task.make_optimizer),
+        optimizer=build_optimizer(model, config, compute, task.make_optimizer),
     )  # fmt: skip
 
 

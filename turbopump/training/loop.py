@@ -15,6 +15,7 @@ from typing import Any
 from turbopump.core.config import Config
 from turbopump.core.rundir import RunDir
 from turbopump.core.spans import span
+from turbopump.hardware.process import keep_freed_memory
 from turbopump.training.build import Live, build_state, measure_speed, resolve_task
 from turbopump.training.checkpoint import read_weights
 from turbopump.training.metrics import Logger
@@ -72,4 +73,5 @@ def run_training(job: Job) -> TrainResult:
 
 def run_rank(job: Job) -> None:
     """The same, for a launcher that starts ranks: the result is in the run directory."""
+    keep_freed_memory()
     run_training(job)

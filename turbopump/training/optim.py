@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from turbopump.core.config import Config, OptimizerConfig, ScheduleConfig
 from turbopump.core.errors import UsageError
+from turbopump.training.muon import Muon
 
 MakeOptimizer = Callable[[Iterable[nn.Parameter]], torch.optim.Optimizer]
 
@@ -61,7 +62,7 @@ def parameter_groups(model: nn.Module, config: OptimizerConfig) -> dict[str, lis
     return groups
 
 
-def base_optimizers(model: nn.Module, config: OptimizerConfig) -> list[torch.optim.Optimizer]:
+def base_optimizers(model: nn.Module, config: OptimizerConfig, compute: str = "fp32") -> list[torch.optim.Optimizer]:
     groups = parameter_groups(model, config)
     bases: list[torch.optim.Optimizer] = []
     if groups["adamw"]:
@@ -72,7 +73,15 @@ def base_optimizers(model: nn.Module, config: OptimizerConfig) -> list[torch.opt
             )
         )
     if "muon" in groups:
-        bases.append(torch.optim.Muon(groups["muon"], lr=config.muon_lr, momentum=config.muon_momentum))
+        bases.append(
+            Muon(
+                groups["muon"],
+                lr=config.muon_lr,
+                momentum=config.muon_momentum,
+                ns_steps=config.muon_ns_steps,
+                dtype=torch.bfloat16 if compute == "bf16" else torch.float32,
+            )
+        )
     return bases
 
 
@@ -153,9 +162,9 @@ class StepOptimizer:
             owner[id(parameter)].state[parameter][key] = tensor.to(parameter.device, copy=True)
 
 
-def build_optimizer(model: nn.Module, config: Config, make: MakeOptimizer | None = None) -> StepOptimizer:
-    """The optimizer of a run; `make(parameters)` replaces the recipe's base optimizer."""
-    bases = [make(model.parameters())] if make is not None else base_optimizers(model, config.optimizer)
+def build_optimizer(model: nn.Module, config: Config, compute: str, make: MakeOptimizer | None = None) -> StepOptimizer:
+    """The optimizer of a run in the arithmetic `compute`; `make(parameters)` replaces the recipe's base optimizer."""
+    bases = [make(model.parameters())] if make is not None else base_optimizers(model, config.optimizer, compute)
     return StepOptimizer(
         bases,
         schedule=lambda step: lr_multiplier(config.schedule, step, config.num_steps),

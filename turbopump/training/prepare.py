@@ -19,14 +19,17 @@ from turbopump.hardware import detect
 def prepare_run_directory(config: Config, rundir: RunDir) -> bool:
     """Make the directory, or check that `config` goes on with the run in it; True where it resumes.
 
-    Writes config.toml. Raises `ResumeError` listing every difference that would make it another run.
+    Raises `ResumeError` listing every difference that would make it another run.
     """
     rundir.create()
-    resuming = rundir.exists
-    if resuming:
+    if rundir.exists:
         refuse_other_run(read_config(rundir), config, rundir)
+    return rundir.exists
+
+
+def write_config(config: Config, rundir: RunDir) -> None:
+    """The fully resolved configuration; only by who holds the run directory's lock."""
     write_atomic(rundir.config, dumps(config))
-    return resuming
 
 
 def read_config(rundir: RunDir) -> Config:

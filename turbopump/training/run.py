@@ -28,7 +28,7 @@ from turbopump.core.spans import Spans
 from turbopump.hardware import detect
 from turbopump.training.checkpoint import Checkpoints
 from turbopump.training.metrics import JsonLogger, Logger, StepLosses, TerminalLogger
-from turbopump.training.prepare import attempt_identity
+from turbopump.training.prepare import attempt_identity, write_config
 from turbopump.training.speed import Speed
 from turbopump.training.state import BufferGuard, TrainState
 
@@ -62,8 +62,10 @@ class Run:
         self.device = process_group.choose_device(launch.device)
         place = process_group.init_process_group(self.device, timeout_s=launch.timeout_s)
         self.rank, self.world_size = place.rank, place.world_size
-        torch.set_num_threads(launch.threads or max(1, detect.num_cores() // place.local_world_size))
+        torch.set_num_threads(launch.threads or detect.num_threads(place.local_world_size))
         self._lock: IO[str] | None = self.rundir.lock() if self.rank == 0 else None
+        if self.rank == 0:
+            write_config(self.config, self.rundir)
         identity: dict[str, Any] = attempt_identity(self.rundir) if self.rank == 0 else {}
         identity = process_group.broadcast_json(identity)
         self.run_id, self.attempt = identity["run_id"], identity["attempt"]

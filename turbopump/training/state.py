@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import get_model_state_dict
 
-from turbopump.core.errors import CheckpointError
+from turbopump.core.errors import CheckpointError, ResumeError
 from turbopump.data.loader import Loader
 from turbopump.training.forward_backward import ForwardBackward
 from turbopump.training.optim import StepOptimizer
@@ -42,9 +42,16 @@ class TrainState:
         return tensors
 
     def checkpoint_values(self) -> dict[str, Any]:
-        return {"step": self.step, "seed": self.seed}
+        return {"step": self.step, "seed": self.seed, "dataset": getattr(self.loader.source, "digest", None)}
 
     def load_checkpoint(self, tensors: dict[str, Tensor], values: dict[str, Any]) -> None:
+        """Raises `ResumeError` where the dataset is another one, `CheckpointError` where the model is."""
+        before, now = values.get("dataset"), getattr(self.loader.source, "digest", None)
+        if before != now:
+            raise ResumeError(
+                f"the dataset has changed since this run's last checkpoint (digest {before} then, {now} now): "
+                f"give the dataset it was trained on, or start a new run with --from"
+            )
         load_model(self.model, below(tensors, "model."))
         self.optimizer.load_state_tensors(below(tensors, "optimizer."), dict(self.model.named_parameters()))
         self.step = self.optimizer.num_updates = int(values["step"])
