@@ -82,7 +82,7 @@ format: .venv/.check ## put the source in order and write the generated referenc
 	$(BIN)/python -m turbopump.core.reference
 
 bench: .venv/.test ## all benchmarks; results in benchmarks/results/
-	for name in $$(grep -l "__main__" benchmarks/*.py); do \
+	for name in $$(grep -l "^TARGETS = " benchmarks/*.py); do \
 		$(BIN)/python -m benchmarks.$$(basename $$name .py) $(if $(QUICK),--quick) || exit 1; done
 
 clean: ## remove the environment and all caches, keep runs and datasets
