@@ -56,7 +56,7 @@ endef
 # DEMO VERBS BEGIN (make echoes each line; it can be pasted as it stands)
 
 demo: .venv/.train ## train a language model on real text for a few minutes and report where the time went
-	test -f datasets/stdlib/manifest.json || $(BIN)/turbopump pack stdlib datasets/stdlib --tokenizer bpe --vocab-size 4096
+	test -f datasets/stdlib/manifest.json || $(BIN)/turbopump pack stdlib datasets/stdlib --tokenizer bpe --vocab-size 8192
 	$(BIN)/turbopump train recipes/demo.toml
 	$(BIN)/turbopump evaluate runs/demo
 	$(BIN)/turbopump evaluate runs/demo --sample "def read_lines(path" --num-tokens 120
@@ -82,7 +82,7 @@ format: .venv/.check ## put the source in order and write the generated referenc
 	$(BIN)/python -m turbopump.core.reference
 
 bench: .venv/.test ## all benchmarks; results in benchmarks/results/
-	for name in $$(grep -l "__main__" benchmarks/*.py); do \
+	for name in $$(grep -l "^TARGETS = " benchmarks/*.py); do \
 		$(BIN)/python -m benchmarks.$$(basename $$name .py) $(if $(QUICK),--quick) || exit 1; done
 
 clean: ## remove the environment and all caches, keep runs and datasets

@@ -156,14 +156,15 @@ def evaluation_batches(
 ) -> Iterator[Any]:
     """Batches of up to `batch` samples in order; the ranks read disjoint contiguous parts that cover everything.
 
-    `max_samples` 0 reads all. What is random in a sample is keyed by its index alone, so every evaluation is alike.
+    `max_samples` takes that many, evenly spaced over the source (its first ones are rarely like the rest); 0 reads all.
+    What is random in a sample is keyed by its index alone, so every evaluation is alike.
     """
-    size = _checked_size(source)
-    size = min(size, max_samples) if max_samples else size
+    available = _checked_size(source)
+    size = min(available, max_samples) if max_samples else available
     reader = _Reader(source, 0, randomness)
     begin, end = size * rank // world_size, size * (rank + 1) // world_size
     for first in range(begin, end, batch):
-        indices = np.arange(first, min(first + batch, end))
+        indices = np.arange(first, min(first + batch, end)) * available // size
         with kept_random_state():
             result = reader.read(np.zeros_like(indices), indices)
         yield result

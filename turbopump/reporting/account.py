@@ -132,6 +132,7 @@ class Summary:
     config: dict[str, Any]
     choices: dict[str, Any]
     env: dict[str, Any]
+    evaluated: dict[str, Any]
     notes: tuple[str, ...]
 
 
@@ -168,6 +169,7 @@ def summarize(run: RunData) -> Summary:
         config=run.config,
         choices=run.choices,
         env=run.env,
+        evaluated=run.evaluated,
         notes=run.notes,
     )
 

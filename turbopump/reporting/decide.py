@@ -79,7 +79,7 @@ def _meaning(name: str, summary: Summary) -> str:
         "data": "The step waits for its batch: the loader is slower than the model.",
         "exposed_communication": "Processes wait for each other's gradients while nothing is computed.",
         "bubble": "Pipeline stages wait for the first and the last microbatch.",
-        "optimizer": "Clipping and the update of the weights: bound by memory, the same for any batch size.",
+        "optimizer": "Clipping and the update of the weights: the same for any batch size.",
         "other": "Time inside the step that no span explains.",
         "startup": "Imports, building the model, opening the dataset, restoring.",
         "evaluation": "Evaluation on held-out data while training.",

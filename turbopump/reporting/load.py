@@ -99,6 +99,7 @@ class RunData:
     config: dict[str, Any]
     choices: dict[str, Any]
     env: dict[str, Any]
+    evaluated: dict[str, Any]  # the last result of the verb `evaluate`
     metrics: Metrics
     ranks: tuple[RankSpans, ...]
     checkpoint_bytes: dict[int, int]
@@ -118,6 +119,7 @@ def load_run(path: Path) -> RunData:
         config=config,
         choices=_toml(run.choices, notes, needed=False),
         env=_json_object(run.env, notes),
+        evaluated=_json_object(run.evaluation, []),
         metrics=_read_metrics(run.metrics, notes),
         ranks=_read_ranks(run, notes),
         checkpoint_bytes=_checkpoints_on_disk(run.checkpoints),

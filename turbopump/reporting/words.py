@@ -50,6 +50,7 @@ def headline(summary: Summary) -> str:
     if device := _device_text(summary.env):
         parts[0] += f" on {device}"
     parts.append(_quality_sentence(summary))
+    parts.append(_yardsticks_sentence(summary.evaluated))
     shares = run_shares(summary)
     wall_s = sum(shares.values())
     if wall_s > 0:
@@ -71,6 +72,16 @@ def _quality_sentence(summary: Summary) -> str:
     if q.first_step == q.last_step:
         return f"Its {q.name}{where} is {show(q.last)}"
     return f"Its {q.name}{where} went from {show(q.first)} (step {q.first_step:,}) to {show(q.last)}"
+
+
+def _yardsticks_sentence(evaluated: Mapping[str, Any]) -> str:
+    """The whole split as `evaluate` saw it, beside compressors on the same text."""
+    bits = measured(table(evaluated, "metrics").get("bits_per_byte"))
+    others = {name: measured(value) for name, value in table(evaluated, "yardsticks").items()}
+    named = " and ".join(f"{name} {value:.3g}" for name, value in others.items() if value is not None)
+    if bits is None or not named:
+        return ""
+    return f"On the whole {evaluated.get('split')} split it needs {bits:.3g} bits per byte (on the same text, {named})"
 
 
 def _device_text(env: Mapping[str, Any]) -> str:

@@ -120,8 +120,8 @@ class StepLosses:
         """Step records since the last call. One all-reduce of all losses (8 bytes each) where there are ranks."""
         if not self._pending:
             return []
-        losses = torch.stack([loss.double() for _, loss, _, _ in self._pending]).cpu()
-        norms = torch.stack([norm.double() for _, _, norm, _ in self._pending]).cpu().tolist()
+        losses = torch.stack([loss for _, loss, _, _ in self._pending]).cpu().double()
+        norms = torch.stack([norm for _, _, norm, _ in self._pending]).cpu().tolist()
         values = process_group.all_reduce_sum(losses.tolist()) if self._world_size > 1 else losses.tolist()
         records = [
             {"type": "step", "step": step, "loss": loss, "grad_norm": norm, "lr": lr}

@@ -68,7 +68,7 @@ class Muon(torch.optim.Optimizer):
 
 
 def orthogonalize(matrices_NRC: Tensor, ns_steps: int) -> Tensor:
-    """Nearly orthogonal matrices with the singular vectors of the given ones, in their dtype; singular values near 1."""
+    """Matrices with the singular vectors of the given ones and singular values near 1, in their dtype."""
     a, b, c = COEFFICIENTS
     tall = matrices_NRC.shape[1] > matrices_NRC.shape[2]
     x = matrices_NRC.mT if tall else matrices_NRC
