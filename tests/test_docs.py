@@ -6,6 +6,7 @@
 ```console no-run         is left alone; NOT_RUN below gives the reason
 """
 
+import difflib
 import os
 import re
 import shlex
@@ -118,6 +119,15 @@ def test_links_between_pages_lead_somewhere():
     for path in [*PAGES, ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md"]:
         for target in re.findall(r"\]\(([^)#:\s]+)[^):]*\)", path.read_text(encoding="utf-8")):
             assert (path.parent / target).exists(), f"{name_of(path)} links to {target}"
+
+
+def test_a_script_is_brought_in_by_five_lines():
+    path = ROOT / "docs" / "bring-your-own.md"
+    scripts = {block.file: block.text for block in blocks_of(path.name, path.read_text(encoding="utf-8")) if block.file}
+    before, after = (scripts[name].splitlines() for name in ("before.py", "after.py"))
+    assert len([line for line in before if line]) >= 20
+    new = [line for line in difflib.ndiff(before, after) if line.startswith("+ ") and line[2:].strip()]
+    assert len(new) <= 5, new
 
 
 PAGE = """# A page

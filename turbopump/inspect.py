@@ -159,7 +159,7 @@ def format_facts(facts: Mapping[str, Any], indent: int = 0, *, exact: bool = Fal
 
 def _one_line(item: Any) -> str:
     if isinstance(item, Mapping):
-        return "  ".join(f"{key} {_readable(key, value)}" for key, value in item.items() if value is not None)
+        return "  ".join(f"{key} {_readable(key, value)}" for key, value in item.items() if value not in (None, ""))
     return printable(str(item).replace("\n", "\\n"))
 
 

@@ -63,7 +63,7 @@ def _totals(metrics: Metrics, model: nn.Module, batches: Iterable[Any]) -> dict[
 
 def _over_ranks(totals: dict[str, tuple[float, float]]) -> dict[str, tuple[float, float]]:
     """A rank that had no batch knows no names: rank 0's order (it always has the first samples) is everyone's."""
-    names = process_group.broadcast_json(sorted(totals))
+    names = process_group.broadcast_json(list(totals))
     flat = [number for name in names for number in totals.get(name, (0.0, 0.0))]
     added = process_group.all_reduce_sum(flat)
     return {name: (added[2 * i], added[2 * i + 1]) for i, name in enumerate(names)}

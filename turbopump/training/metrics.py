@@ -89,7 +89,7 @@ class TerminalLogger:
             f"step {record['step']}/{self._num_steps}",
             f"loss {record['loss']:.4f}",
             f"{human(record['units_per_s'])} {self._unit}s/s",
-            f"{share:.0%} of limit" if share is not None else "",
+            f"{share:.{0 if share >= 0.1 else 1}%} of limit" if share is not None else "",
             f"{human_seconds(record['remaining_s'])} left",
         ]
         return "  ".join(part for part in parts if part)
