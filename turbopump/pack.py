@@ -149,9 +149,7 @@ def _find(paths: list[str], include: Sequence[str], destination: Path) -> tuple[
         raise UsageError(f"`{corpus.STDLIB}` is packed alone: give it as the only source")
     if include:
         given = ", ".join(include)
-        raise UsageError(
-            f"include ({given}) has no effect on `{corpus.STDLIB}` (all of it is *.py): leave it out"
-        )
+        raise UsageError(f"include ({given}) has no effect on `{corpus.STDLIB}` (all of it is *.py): leave it out")
     return corpus.stdlib_files(), True
 
 
