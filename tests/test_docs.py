@@ -23,7 +23,17 @@ PAGES = sorted([ROOT / "README.md", *(ROOT / "docs").rglob("*.md")])
 TIMEOUT_S = 600
 
 # (page, first line of the block): why it is not run. Installing and `make` are what runs these tests.
-NOT_RUN: dict[tuple[str, str], str] = {}
+NOT_RUN: dict[tuple[str, str], str] = {
+    ("README.md", "make demo     # packs real text, trains a language model for 2 to 3 minutes on 2 CPU cores, writes a report"): (
+        "installs and trains for minutes"
+    ),
+    ("README.md", "$ turbopump pack stdlib datasets/stdlib --tokenizer bpe --vocab-size 8192"): (
+        "is what `make demo` runs; tests/test_recipes.py makes a few steps of it"
+    ),
+    ("README.md", "turbopump train recipes/convnet-digits.toml num_steps=200 launch.num_processes=2   # any setting by its path"): (
+        "takes minutes; tests/test_recipes.py and tests/dist run the same in short"
+    ),
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
