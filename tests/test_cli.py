@@ -136,6 +136,17 @@ def test_an_unexpected_exception_is_one_line_and_debug_shows_where(place: Path, 
     assert (said.code, said.err) == (1, "error: this module had enough\n")
 
 
+def test_without_torch_the_command_to_install_it_is_named(place: Path) -> None:
+    code = "import sys; sys.modules['torch'] = None; from turbopump.cli import main; sys.exit(main(sys.argv[1:]))"
+    for verb in (["train", "lm.toml", "name=n"], ["evaluate", "runs/lm"]):
+        done = subprocess.run([sys.executable, "-c", code, *verb], capture_output=True, text=True, check=False,
+                              env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])})  # fmt: skip
+        assert done.returncode == 2
+        assert done.stderr == (
+            f"error: turbopump {verb[0]} needs torch, which is not installed: pip install 'turbopump[train]'\n"
+        )
+
+
 def test_debug_shows_the_traceback_of_an_error(place: Path) -> None:
     process = start(place, "inspect", "nowhere", "--debug")
     _, err = process.communicate(timeout=60)
@@ -149,6 +160,7 @@ def test_names_and_samples_cannot_steer_the_terminal(place: Path, cli) -> None:
     assert said.code == 0 and said.out.startswith("the") and not CONTROL.search(said.out)
 
 
+@pytest.mark.slow
 def test_a_reader_that_goes_away_ends_the_command_quietly(place: Path) -> None:
     process = start(place, "train", "lm.toml", "name=piped", "num_steps=2000")
     assert process.stdout is not None and process.stderr is not None
@@ -171,8 +183,9 @@ def test_a_pipe_gets_plain_lines(place: Path) -> None:
 
 @pytest.mark.parametrize(
     "variables",
-    [{"COLUMNS": "40", "LINES": "10", "NO_COLOR": "1"}, pytest.param({"TERM": "dumb"}, marks=pytest.mark.slow)],
+    [{"COLUMNS": "40", "LINES": "10", "NO_COLOR": "1"}, {"TERM": "dumb"}],
 )
+@pytest.mark.slow
 def test_a_terminal_gets_a_live_line(place: Path, variables: dict[str, str]) -> None:
     ours, theirs = pty.openpty()
     env = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1]), "TERM": "xterm", **variables}

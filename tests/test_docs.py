@@ -22,15 +22,15 @@ ROOT = Path(__file__).parents[1]
 PAGES = sorted([ROOT / "README.md", *(ROOT / "docs").rglob("*.md")])
 TIMEOUT_S = 600
 
-# (page, first line of the block): why it is not run. Installing and `make` are what runs these tests.
+# (page, how the first line of the block begins): why it is not run. Installing and `make` are what runs these tests.
 NOT_RUN: dict[tuple[str, str], str] = {
-    ("README.md", "make demo     # packs real text, trains a language model for 2 to 3 minutes on 2 CPU cores, writes a report"): (
+    ("README.md", "make demo"): (
         "installs and trains for minutes"
     ),
-    ("README.md", "$ turbopump pack stdlib datasets/stdlib --tokenizer bpe --vocab-size 8192"): (
+    ("README.md", "$ turbopump pack stdlib"): (
         "is what `make demo` runs; tests/test_recipes.py makes a few steps of it"
     ),
-    ("README.md", "turbopump train recipes/convnet-digits.toml num_steps=200 launch.num_processes=2   # any setting by its path"): (
+    ("README.md", "turbopump train recipes/convnet-digits.toml"): (
         "takes minutes; tests/test_recipes.py and tests/dist run the same in short"
     ),
 }  # fmt: skip
@@ -121,7 +121,8 @@ def test_every_block_left_out_has_its_reason():
         for block in blocks_of(name_of(path), path.read_text(encoding="utf-8"))
         if "no-run" in block.words
     }
-    assert left_out == set(NOT_RUN)
+    explained = {b for b in left_out if any(b[0] == page and b[1].startswith(line) for page, line in NOT_RUN)}
+    assert left_out == explained and len(NOT_RUN) == len(left_out)
     assert all(NOT_RUN.values())
 
 

@@ -188,6 +188,7 @@ def test_a_disk_without_any_room_is_an_error_at_once(place: Path, cli) -> None:
         assert said.code == 1 and "no space left on the device" in said.err and "disk/run" in said.err
 
 
+@pytest.mark.slow
 def test_a_run_in_use_is_refused_by_name_and_goes_on(place: Path, cli) -> None:
     process = start(place, "name=busy", *ENDLESS)
     wait_for(lambda: steps(place / "runs" / "busy"), process)
@@ -200,6 +201,7 @@ def test_a_run_in_use_is_refused_by_name_and_goes_on(place: Path, cli) -> None:
     assert process.returncode == 143 and err.startswith("error: stopped by SIGTERM after step")
 
 
+@pytest.mark.slow
 def test_a_rank_that_is_killed_is_named_in_the_last_line(place: Path) -> None:
     process = start(place, "name=pair", *ENDLESS, "launch.num_processes=2")
     wait_for(lambda: len(steps(place / "runs" / "pair")) > 4, process)
@@ -213,6 +215,7 @@ def test_a_rank_that_is_killed_is_named_in_the_last_line(place: Path) -> None:
     assert list_checkpoints(place / "runs" / "pair" / "checkpoints")
 
 
+@pytest.mark.slow
 def test_out_of_memory_says_what_to_reduce(place: Path) -> None:
     def limited() -> None:
         resource.setrlimit(resource.RLIMIT_AS, (6 << 30, 6 << 30))
@@ -234,6 +237,7 @@ def test_a_run_larger_than_the_memory_is_warned_of(place: Path, cli, monkeypatch
     assert said.err.startswith("warning: this run needs about ") and "10 kB are free" in said.err
 
 
+@pytest.mark.slow
 def test_an_interrupted_run_says_how_it_goes_on(place: Path) -> None:
     process = start(place, "name=cut", *ENDLESS)
     wait_for(lambda: len(steps(place / "runs" / "cut")) > 2, process)

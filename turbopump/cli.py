@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 from cyclopts import App, CycloptsError, Parameter
 
-from turbopump.core.errors import TurbopumpError, UsageError
+from turbopump.core.errors import MissingDependencyError, TurbopumpError, UsageError
 from turbopump.core.units import human_bytes, human_seconds, printable
 from turbopump.core.version import VERSION
 
@@ -311,6 +311,9 @@ def main(arguments: list[str] | None = None) -> int:
     except Exception as error:
         if debug:
             raise
+        if isinstance(error, ModuleNotFoundError) and error.name == "torch":  # plan, report and inspect do without it
+            missing = MissingDependencyError("torch", "train", f"turbopump {tokens[0]}")
+            return _fail(str(missing), missing.exit_code)
         return _fail(_unexpected(error), 1)
     return 0
 

@@ -9,11 +9,11 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-import launch_ranks as ranks
 import psutil
 import pytest
 import torch
 
+from tests.launch import launch_ranks as ranks
 from turbopump.core.errors import CheckpointError, ConfigError, RankError, UsageError
 from turbopump.launch.local import cores_per_rank, launch_local
 from turbopump.launch.watch import Watch, last_lines

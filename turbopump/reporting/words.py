@@ -39,7 +39,8 @@ def percent(share: float) -> str:
 
 def headline(summary: Summary) -> str:
     """One or two sentences in plain words: what was trained, how good it is now, how long it took, where time went."""
-    model = str(table(summary.config, "model").get("kind") or "model")
+    kind = str(table(summary.config, "model").get("kind") or "model")
+    model = "model of your own" if kind == "live" else kind
     size = f" of {human(summary.params)} parameters" if summary.params else ""
     steps = f"{summary.num_steps_done:,} steps"
     if summary.num_steps_planned and summary.num_steps_planned != summary.num_steps_done:
