@@ -89,8 +89,8 @@ class Effort:
 
 QUICK = Effort(blocks=2, max_blocks=2, steps=1, tiny_steps=40, demo_saves=2, large_saves=1, resumes=2, kills=30,
                flips=300)  # fmt: skip
-FULL = Effort(blocks=10, max_blocks=100, steps=2, tiny_steps=100, demo_saves=30, large_saves=12, resumes=10, kills=200,
-              flips=2000)  # fmt: skip
+FULL = Effort(blocks=10, max_blocks=40, steps=2, tiny_steps=100, demo_saves=10, large_saves=6, resumes=5, kills=60,
+              flips=600)  # fmt: skip
 
 
 def measure(quick: bool, demo: Path = ROOT / "runs" / "demo") -> list[Row]:
