@@ -19,6 +19,8 @@ from turbopump.launch.local import cores_per_rank, launch_local
 from turbopump.launch.watch import Watch, last_lines
 from turbopump.launch.worker import Job
 
+pytestmark = pytest.mark.slow  # whole processes or a browser: not for `make check`
+
 HERE = Path(__file__).parent
 
 

@@ -12,6 +12,7 @@ from turbopump.report import report
 
 CHROMIUM, DRIVER = shutil.which("chromium"), shutil.which("chromedriver")
 pytestmark = [
+    pytest.mark.slow,
     pytest.mark.browser,
     pytest.mark.skipif(not (CHROMIUM and DRIVER), reason="no chromium and chromedriver here (apt-get install -y "
                        "chromium chromium-driver)"),

@@ -21,6 +21,8 @@ from turbopump.core.errors import CheckpointError
 from turbopump.training.checkpoint import Checkpoints, read_checkpoint
 from turbopump.training.checkpoint_shards import Box, _dealt
 
+pytestmark = pytest.mark.slow  # whole processes or a browser: not for `make check`
+
 PLAIN, SHARDED, TWO_AXES = "plain", "sharded", "two axes"
 
 
