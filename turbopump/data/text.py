@@ -31,7 +31,7 @@ _MARK = r"[\x00-\x08\x0e-\x1f!-/:-@\[-`{-\x7f]"  # punctuation and control chara
 # In this order: a word, digits, marks, each with the one space before it; white space up to the last before a word;
 # other white space. This is how GPT-2 cuts (Radford et al. 2019), in ASCII classes. A pattern that joins a word with
 # the mark before it and keeps whole indentations packs 3.6 bytes into a token against 3.3, but is learned worse: 1.93
-# bits per byte against 1.86 after 250 steps of the demo (docs/log.md).
+# bits per byte against 1.83 after 250 steps of the demo, one seed (docs/log.md).
 WORD_PATTERN = rf" ?{_LETTER}+| ?[0-9]+| ?{_MARK}+|{_SPACE}+(?![^\t\n\x0b\x0c\r ])|{_SPACE}+"
 _find_words = re.compile(WORD_PATTERN).findall
 

@@ -2,7 +2,7 @@
 
 Why not `torch.optim.Muon`, whose mathematics this is: that one always iterates in bf16, which is 40 to 500 times slower
 than fp32 on processors without it, and takes one matrix at a time. Here matrices of one shape go through together, in
-the dtype that the run computes in: 0.70 to 0.95 of torch's time in bf16 (28 matrices of the demo, AMD EPYC, 1 and 2
+the dtype that the run computes in: 0.75 to 1.03 of torch's time in bf16 (28 matrices of the demo, AMD EPYC, 1 and 2
 threads), and fp32 where bf16 is slow.
 """
 
