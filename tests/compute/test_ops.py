@@ -41,7 +41,7 @@ def test_gemm(m, n, k):
 
 
 def test_keys_are_stable():
-    assert Gemm(64, 32, 16, "bf16").key == "Gemm(m=64,n=32,k=16,dtype=bf16)"
+    assert Gemm(64, 32, 16, "bf16").key == "Gemm(m=64,n=32,k=16,dtype=bf16,layout=nt)"
     assert Gemm(1, 2, 3, "fp32") == Gemm(1, 2, 3, "fp32") and hash(Gemm(1, 2, 3, "fp32"))
 
 

@@ -19,17 +19,24 @@ from turbopump.core.workload import DTYPE_BYTES, Op, OpCost
 
 INDEX_BYTES = 8  # torch looks tables up with int64
 
-RNN_GATES = {"gru": 3, "lstm": 4}
+RNN_GATES = {"vanilla": 1, "gru": 3, "lstm": 4}
+
+
+Layout = Literal["nn", "nt", "tn", "tt"]
 
 
 @dataclass(frozen=True)
 class Gemm(Op):
-    """`C[m, n] = A[m, k] @ B[k, n]`."""
+    """`C[m, n] = A[m, k] @ B[k, n]`; `layout` says of A, then of B, whether it lies transposed in memory.
+
+    `nt`, the default, is a linear layer: activations as they are, the weight stored `[n, k]`.
+    """
 
     m: int
     n: int
     k: int
     dtype: str
+    layout: Layout = "nt"
 
     @property
     def cost(self) -> OpCost:
@@ -37,8 +44,11 @@ class Gemm(Op):
 
     @property
     def gradients(self) -> tuple[Gemm, Gemm]:
-        """The two products of backward: gradient of A and gradient of B."""
-        return Gemm(self.m, self.k, self.n, self.dtype), Gemm(self.k, self.n, self.m, self.dtype)
+        """The two products of backward of a linear layer: gradient of its input `[m, k]`, of its weight `[n, k]`."""
+        return (
+            Gemm(self.m, self.k, self.n, self.dtype, "nn"),
+            Gemm(self.n, self.k, self.m, self.dtype, "tn"),
+        )
 
 
 @dataclass(frozen=True)
@@ -135,7 +145,7 @@ class Conv2d(Op):
 class Rnn(Op):
     """One recurrent layer over `steps` steps; backward includes the gradients of input and weights."""
 
-    kind: Literal["gru", "lstm"]
+    kind: Literal["vanilla", "gru", "lstm"]
     batch: int
     steps: int
     input_size: int

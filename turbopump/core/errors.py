@@ -45,6 +45,10 @@ class MissingDependencyError(UsageError):
         return type(self), self._given
 
 
+class ProfileError(UsageError):
+    """A machine file is missing, damaged, of another schema or of another machine."""
+
+
 class ResumeError(UsageError):
     """The run directory holds a run of another configuration."""
 

@@ -7,12 +7,14 @@ import os
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import msgspec
 import xxhash
 
 from turbopump.core.errors import RunDirectoryError
+
+T = TypeVar("T")
 
 _encode = msgspec.json.Encoder().encode
 
@@ -70,6 +72,14 @@ def from_json(data: bytes | str) -> Any:
     try:
         return msgspec.json.decode(data)
     except msgspec.DecodeError as error:
+        raise ValueError(str(error)) from error
+
+
+def from_json_as(data: bytes | str, cls: type[T]) -> T:
+    """A dataclass (and those within it) of JSON bytes; raises `ValueError` that names the path of what does not fit."""
+    try:
+        return msgspec.json.decode(data, type=cls)
+    except (msgspec.DecodeError, UnicodeDecodeError) as error:
         raise ValueError(str(error)) from error
 
 

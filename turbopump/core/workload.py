@@ -51,7 +51,7 @@ class Op:
 
     @property
     def key(self) -> str:
-        """Stable text of the descriptor, e.g. `Gemm(m=64,n=64,k=64,dtype=bf16)`."""
+        """Stable text of the descriptor, e.g. `Gemm(m=64,n=64,k=64,dtype=bf16,layout=nt)`."""
         inside = ",".join(f"{f.name}={getattr(self, f.name)}" for f in fields(self))
         return f"{type(self).__name__}({inside})"
 

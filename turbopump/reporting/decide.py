@@ -346,8 +346,8 @@ def faster_dtype(summary: Summary) -> tuple[str, float, str] | None:
 
 
 def _dtype_of(row: Mapping[str, Any]) -> str:
-    """The dtype of a measured row: its own field, or the last one of its operation, `Gemm(...,dtype=fp32)`."""
-    return str(row.get("dtype") or str(row.get("op", "")).rpartition("dtype=")[2].rstrip(")"))
+    """The dtype of a measured row: its own field, or that of its operation, `Gemm(...,dtype=fp32,layout=nt)`."""
+    return str(row.get("dtype") or str(row.get("op", "")).partition("dtype=")[2].partition(",")[0].rstrip(")"))
 
 
 def default_route_share(summary: Summary) -> float | None:
