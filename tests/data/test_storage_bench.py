@@ -232,7 +232,7 @@ def test_a_file_can_be_dropped_and_warmed(tmp_path):
         file.fill(8 * MIB)
         assert file.warm() == pytest.approx(1.0, abs=0.01)
         dropped = file.drop()
-        if bench._mounted(tmp_path.resolve())[0] != "tmpfs":
+        if scratch.mounted(tmp_path.resolve())[0] != "tmpfs":
             assert dropped < 0.01
         assert file.warm() == pytest.approx(1.0, abs=0.01)
 

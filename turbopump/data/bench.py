@@ -12,12 +12,10 @@ from __future__ import annotations
 
 import os
 import platform
-import re
 import shutil
 import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -29,7 +27,7 @@ from turbopump.core.workload import Op
 from turbopump.data import checkpoint_bench, fio
 from turbopump.data.ops import CheckpointRead, CheckpointWrite, RandomRead, SequentialRead, SequentialWrite
 from turbopump.data.read_engines import ROUTES, Engine, Reads, page_aligned, threads_of
-from turbopump.data.scratch import BLOCK_BYTES, NO_SPACE, ScratchDirectory, ScratchFile, sweep, write_all
+from turbopump.data.scratch import BLOCK_BYTES, NO_SPACE, ScratchDirectory, ScratchFile, memory_behind, sweep, write_all
 from turbopump.hardware.detect import available_bytes
 from turbopump.hardware.profile import Measurement, Request, Trial
 from turbopump.hardware.timing import Timing
@@ -167,7 +165,7 @@ class _Storage:
         self._dropped: float | None = 1.0
         """Share of the file in the page cache since it was last dropped, if only direct reads came since; else 1."""
         self._random = np.random.default_rng(0)
-        self._behind = _memory_behind(self._directory)
+        self._behind = memory_behind(self._directory)
 
     def close(self) -> None:
         self._file.close()
@@ -385,31 +383,3 @@ def _doubts(cached: bool, share: float | None) -> list[str]:
     if not cached and share > COLD_SHARE:
         return ["the test file did not leave the page cache (POSIX_FADV_DONTNEED): cold reads are partly from memory"]
     return []
-
-
-def _memory_behind(directory: Path) -> str:
-    """What may answer a cold read from memory, as far as the mount table and the device's name tell; else empty."""
-    kind, device = _mounted(directory)
-    if kind in ("tmpfs", "ramfs"):
-        return f"{directory} lies in memory ({kind}): there is no cold read"
-    if kind.startswith(("nfs", "cifs", "smb", "9p", "fuse", "virtiofs", "lustre", "ceph", "gpfs", "beegfs")):
-        return f"{directory} is a file system of another machine ({kind}), whose memory cannot be emptied from here"
-    if re.fullmatch(r"(vd|xvd)[a-z]+\d*", device):
-        return f"{device} is a virtual disk, whose host may answer from its memory: cold is cold in this system only"
-    return ""
-
-
-def _mounted(directory: Path) -> tuple[str, str]:
-    """Kind of the file system that holds `directory`, and the name of its device, by the mount table of Linux."""
-    try:
-        lines = Path("/proc/self/mountinfo").read_text().splitlines()
-    except OSError:
-        return "", ""
-    best = ("", "", "")
-    for line in lines:
-        before, _, after = line.partition(" - ")
-        point, (kind, source, *_) = before.split()[4].replace("\\040", " "), after.split()
-        inside = directory == Path(point) or Path(point) in directory.parents
-        if inside and len(point) >= len(best[0]):  # a later mount on the same place hides the earlier
-            best = (point, kind, Path(source).name)
-    return best[1], best[2]

@@ -15,6 +15,7 @@ import errno
 import mmap
 import os
 import platform
+import re
 import secrets
 import shutil
 import subprocess
@@ -207,3 +208,31 @@ class ScratchDirectory:
         if self._reaper is not None:
             with suppress(OSError):
                 self._reaper.communicate()
+
+
+def memory_behind(directory: Path) -> str:
+    """What may answer a cold read from memory, as far as the mount table and the device's name tell; else empty."""
+    kind, device = mounted(directory)
+    if kind in ("tmpfs", "ramfs"):
+        return f"{directory} lies in memory ({kind}): there is no cold read"
+    if kind.startswith(("nfs", "cifs", "smb", "9p", "fuse", "virtiofs", "lustre", "ceph", "gpfs", "beegfs")):
+        return f"{directory} is a file system of another machine ({kind}), whose memory cannot be emptied from here"
+    if re.fullmatch(r"(vd|xvd)[a-z]+\d*", device):
+        return f"{device} is a virtual disk, whose host may answer from its memory: cold is cold in this system only"
+    return ""
+
+
+def mounted(directory: Path) -> tuple[str, str]:
+    """Kind of the file system that holds `directory`, and the name of its device, by the mount table of Linux."""
+    try:
+        lines = Path("/proc/self/mountinfo").read_text().splitlines()
+    except OSError:
+        return "", ""
+    best = ("", "", "")
+    for line in lines:
+        before, _, after = line.partition(" - ")
+        point, (kind, source, *_) = before.split()[4].replace("\\040", " "), after.split()
+        inside = directory == Path(point) or Path(point) in directory.parents
+        if inside and len(point) >= len(best[0]):  # a later mount on the same place hides the earlier
+            best = (point, kind, Path(source).name)
+    return best[1], best[2]
