@@ -4,8 +4,8 @@ The file holds random bytes, is as large as disk, memory and time allow (16 MiB 
 nothing can leave it behind (scratch.py). *Cold* means that its pages were dropped from this system's page cache before
 each block of reads, or that the engine passes the cache by; no permission is needed, and whether the pages went is
 looked up. What memory lies behind the device (a host's, a controller's) cannot be emptied from here: `uncertainties`
-says so where it is likely. Time is the wall clock's, in blocks of many reads; Python's own cost per read (0.3-0.5 us)
-is part of it, as it is part of a loader's.
+says so where it is likely. Time is the wall clock's, in blocks of many reads; that of cached reads, which wait for
+nothing, the CPU time of the thread. Python's own cost per read (0.3-0.5 us) is part of it, as of a loader's.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from turbopump.data.read_engines import ROUTES, Engine, Reads, page_aligned, thr
 from turbopump.data.scratch import BLOCK_BYTES, NO_SPACE, ScratchDirectory, ScratchFile, memory_behind, sweep, write_all
 from turbopump.hardware.detect import available_bytes
 from turbopump.hardware.profile import Measurement, Request, Trial
-from turbopump.hardware.timing import Timing
+from turbopump.hardware.timing import THREAD_CPU, WALL, Clock, Timing
 
 SIZES = (512, 4096, 12288, 32768, 131072, 1 << 20)
 DEPTHS = (1, 4, 16, 64)
@@ -205,13 +205,15 @@ class _Storage:
         timed = not op.cached and trial.route.startswith("pread")
         engine = ROUTES[trial.route](self._file, Reads(size, op.depth, sequential, timed))
         try:
-            timing, share = self._time_reads(op, engine)
+            # a cached read waits for nothing, so that its time is what this thread computes; a cold one is mostly wait
+            clock = THREAD_CPU if op.cached and trial.threads == 1 else WALL
+            timing, share = self._time_reads(op, engine, clock)
         finally:
             engine.close()
         facts: dict[str, Any] = {"p99_s": float(np.quantile(engine.latencies_s, 0.99))} if engine.latencies_s else {}
         return self._row(trial, timing, share, facts)
 
-    def _time_reads(self, op: ReadOp, engine: Engine) -> tuple[Timing, float | None]:
+    def _time_reads(self, op: ReadOp, engine: Engine, clock: Clock) -> tuple[Timing, float | None]:
         """Blocks of reads, and the share of the file that was in the page cache before them (the least certain one)."""
         shares: list[float | None] = []
 
@@ -235,22 +237,29 @@ class _Storage:
         for _ in range(2):  # the first reads also start threads and touch buffers; the second say how many make a block
             prepare()
             pilot = self._offsets(op, count)
-            per_read_s = _elapsed_s(lambda: engine.read(pilot)) / count  # noqa: B023
-            count = max(least, round(self._request.row_s / BLOCKS / per_read_s))
+            _, wall_s = clock.time(lambda: engine.read(pilot), 1)  # noqa: B023
+            count = max(least, round(count * self._request.row_s / BLOCKS / wall_s))
             if not op.cached:
                 count = min(count, most)  # no place twice between two drops
         engine.latencies_s.clear()
         seconds: list[float] = []
+        walls: list[float] = []
         begin = time.monotonic()
         while len(seconds) < 2 or (
-            sum(seconds) * count < self._request.row_s and time.monotonic() - begin < 5 * self._request.row_s
+            sum(walls) < self._request.row_s and time.monotonic() - begin < 5 * self._request.row_s
         ):
             prepare()
             offsets = self._offsets(op, count)
-            seconds.append(_elapsed_s(lambda: engine.read(offsets)) / count)  # noqa: B023
+            elapsed_s, wall_s = clock.time(lambda: engine.read(offsets), 1)  # noqa: B023
+            seconds.append(elapsed_s / count)
+            walls.append(wall_s)
         known = [share for share in shares if share is not None]
         worst = None if len(known) < len(shares) else min(known) if op.cached else max(known, default=0.0)
-        return _timing(seconds, count), worst
+        timing = _timing(seconds, count)
+        if clock is THREAD_CPU:
+            waited = max(0.0, 1.0 - sum(seconds) * count / sum(walls))
+            timing = replace(timing, clock=clock.name, wall_s=float(np.median(walls)) / count, waited=waited)
+        return timing, worst
 
     def _offsets(self, op: ReadOp, count: int) -> Any:
         """Places of `count` reads: in order from somewhere, or at random with none twice while there are others."""
