@@ -12,6 +12,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
+from math import isfinite
 from statistics import median
 from typing import Any
 
@@ -184,7 +185,8 @@ class _Bench:
         row = Measurement.of(trial, kind, timed, flushed_s=flushed_s, library=conditions.library(device), error=error,
                              facts=_facts(op, route))  # fmt: skip
         if error is not None and not error < 1.0:
-            return replace(row, problem=f"wrong results here: they differ from fp64 by {error:.1e} of their norm")
+            problem = f"wrong results here: they differ from fp64 by {error:.1e} of their norm"
+            return replace(row, error=error if isfinite(error) else None, problem=problem)
         return row
 
     def _inputs(self, op: Op, device: str) -> tuple[torch.Tensor, ...]:
