@@ -108,6 +108,14 @@ def test_what_no_longer_fits_is_passed_over_for_what_does(monkeypatch):
     assert [from_fields(row.kind, row.op) for row in rows] == [SMALL]
 
 
+def test_a_core_that_others_use_makes_a_trial_longer(monkeypatch):
+    bench_of = bench._Bench(replace(REQUEST, ops=(SMALL,)))
+    monkeypatch.setattr(bench_of, "_call_s", lambda trial, route: 5.0)
+    assert bench_of.row(Trial(SMALL), time.monotonic() + 60) is not None
+    bench_of.slowdown = 10.0
+    assert bench_of.row(Trial(SMALL), time.monotonic() + 60) is None
+
+
 def test_long_calls_are_left_out_of_low_tiers_with_a_reason():
     huge = Gemm(20_000, 20_000, 3_000, "fp32")
     (row,) = rows_of([Trial(huge, tier=1)])
