@@ -157,7 +157,7 @@ def _in_the_gap(left: Segment, right: Segment, size: float) -> float:
 
 
 def follow_neighbours(points: Points) -> Predictor:
-    """Straight lines between the points after isotonic regression; beyond them those of `fit_line` to the last three."""
+    """Straight lines between the points after isotonic regression; beyond them that of `fit_line` to the last three."""
     sizes = np.array([size for size, _ in points])
     seconds = isotonic(np.array([t for _, t in points]))
     level = list(zip(sizes.tolist(), seconds.tolist()))
@@ -276,7 +276,7 @@ def fit(rows: Iterable[Measurement]) -> CollectiveCurve:
     left_out: dict[Model, float] = {
         model: float(np.median(np.expm1(inner))) for model, (inner, _) in errors.items() if len(points) >= 4
     }
-    model = min(left_out, key=left_out.__getitem__, default="neighbours")
+    model: Model = min(left_out, key=left_out.__getitem__) if left_out else "neighbours"
     inner, outer = errors[model]
     return CollectiveCurve(kind, ranks, level, dtype, route, device, points, measured, model, left_out, inner, outer)
 
@@ -413,5 +413,3 @@ def _same_sent(op: Collective, curve: CollectiveCurve) -> tuple[float, float]:
 
 def _with_ranks(op: Collective, ranks: int) -> Collective:
     return KINDS[type(op).__name__](op.bytes, ranks, op.level, op.dtype)
-
-
