@@ -12,7 +12,7 @@ from __future__ import annotations
 import csv
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -36,7 +36,6 @@ DEEPBENCH = Target("probe.interp_collective_deepbench", "published: DeepBench's 
                    "fraction")  # fmt: skip
 SIZES = sorted({int(2 ** (power / 3)) // 4 * 4 for power in range(9, 79)})  # 8 B to 64 MiB
 Errors = list[float]
-Predict = Callable[[Sequence[Measurement], AllReduce], float]
 
 
 def rows(quick: bool) -> list[Row]:
@@ -101,18 +100,20 @@ def errors_published(devices: Mapping[str, Sequence[Measurement]]) -> dict[str, 
     return _errors(left_out())
 
 
-def _errors(cases: Iterator[tuple[Sequence[Measurement], Measurement]]) -> dict[str, Errors]:
-    predictors: dict[str, Predict] = {"ours": _ours, "line_in_logarithms": _in_logarithms, "one_alpha_beta": _one_line}
-    errors: dict[str, Errors] = defaultdict(list)
+def _errors(cases: Iterable[tuple[Sequence[Measurement], Measurement]]) -> dict[str, Errors]:
+    errors: dict[str, Errors] = {"ours": [], "line_in_logarithms": [], "one_alpha_beta": []}
+    known: tuple[Sequence[Measurement], CollectiveModel] | None = None
     for given, row in cases:
+        if known is None or known[0] is not given:
+            known = given, CollectiveModel.of(given)
         op = AllReduce(int(row.op["bytes"]), int(row.op["ranks"]))
-        for name, predict in predictors.items():
-            errors[name].append(abs(predict(given, op) / row.seconds - 1))
+        for name, seconds in (
+            ("ours", known[1].predict(op).seconds),
+            ("line_in_logarithms", _in_logarithms(given, op)),
+            ("one_alpha_beta", _one_line(given, op)),
+        ):
+            errors[name].append(abs(seconds / row.seconds - 1))
     return errors
-
-
-def _ours(given: Sequence[Measurement], op: AllReduce) -> float:
-    return CollectiveModel.of(given).predict(op).seconds
 
 
 def _points(given: Sequence[Measurement], op: AllReduce) -> list[tuple[float, float]]:

@@ -26,7 +26,7 @@ def test_every_second_size_is_predicted_from_the_others(monkeypatch):
 
 def test_a_size_that_is_asked_is_never_among_those_given(monkeypatch):
     seen = []
-    monkeypatch.setattr(probe, "_ours", lambda given, op: seen.append((given, op)) or 1.0)
+    monkeypatch.setattr(probe, "_in_logarithms", lambda given, op: seen.append((given, op)) or 1.0)
     probe.errors_published({"here": rows()[:6]})
     assert len(seen) == 6
     for given, op in seen:

@@ -3,8 +3,8 @@
 Routes: `gloo` (CPU tensors over loopback TCP), `nccl` (a CUDA device a rank), `mpi` (mpi4py, where installed). One that
 is absent is said once, in the row of an 8-byte all-reduce. Sizes go from 8 B to 64 MiB. A row's time is the median over
 blocks of the slowest rank's wall time, a call; `Send` is half a round trip. Its `waited` is the share of the ranks'
-cores that other programs took meanwhile, as /proc/stat tells: such rows are `noisy`, and `probe` repeats them. One row of domain `host` says what
-computing and communicating cost each other (`Overlap`).
+cores that other programs took meanwhile, as /proc/stat tells. One row of domain `host` says what computing and
+communicating cost each other (`Overlap`).
 
 The ranks of a route stay while its rows follow each other. A row whose rank dies or hangs says so, and the next begins
 with new ones. bench_ranks.py has the processes, bench_worker.py what they do.
