@@ -12,7 +12,7 @@ from __future__ import annotations
 import csv
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -27,14 +27,15 @@ from turbopump.hardware.profile import Measurement, Request, Trial
 from turbopump.hardware.timing import Timing
 
 PUBLISHED = Path(__file__).parents[1].parent / "shared" / "published"
-TARGET = Target("probe.interp_collective", "the same for collectives at sizes never measured", "lower", 0.10, "fraction")
+TARGET = Target(
+    "probe.interp_collective", "the same for collectives at sizes never measured", "lower", 0.10, "fraction"
+)
 INTRANODE = Target("probe.interp_collective_intranode", "published: A100 and V100 nodes (vTrain)", "lower", None,
                    "fraction")  # fmt: skip
 DEEPBENCH = Target("probe.interp_collective_deepbench", "published: DeepBench's all-reduce, 5 platforms", "lower", None,
                    "fraction")  # fmt: skip
 SIZES = sorted({int(2 ** (power / 3)) // 4 * 4 for power in range(9, 79)})  # 8 B to 64 MiB
 Errors = list[float]
-Predict = Callable[[Sequence[Measurement], AllReduce], float]
 
 
 def rows(quick: bool) -> list[Row]:
@@ -56,7 +57,7 @@ def _row(target: Target, errors: Mapping[str, Errors]) -> Row:
 
 
 def errors_here(quick: bool) -> dict[str, Errors]:
-    """Relative errors at every second size of gloo between 2 processes, each known by the median over rounds.
+    """Relative errors at every second size of gloo between 2 processes, each known by the median over quiet rounds.
 
     Raises `TurbopumpError` where gloo does not run here.
     """
@@ -67,7 +68,10 @@ def errors_here(quick: bool) -> dict[str, Errors]:
 
 
 def measure_here(sizes: Sequence[int], rounds: int, row_s: float = 0.04) -> list[Measurement]:
-    """A row a size, ascending: medians over `rounds` short repetitions, sizes up and down in turns."""
+    """A row a size, ascending: medians over short repetitions, sizes up and down in turns.
+
+    Of `rounds` repetitions those count, half of them, in which other programs took least of the machine (`waited`).
+    """
     forward = [Trial(AllReduce(size, 2), "gloo") for size in sizes]
     order = [trial for number in range(rounds) for trial in (forward if number % 2 == 0 else forward[::-1])]
     until = time.monotonic() + 60 + 10 * len(order) * row_s
@@ -76,8 +80,12 @@ def measure_here(sizes: Sequence[int], rounds: int, row_s: float = 0.04) -> list
         if not row.works:
             raise TurbopumpError(f"{row.key}: {row.problem}")
         by_size[int(row.op["bytes"])].append(row)
-    return [replace(found[0], median_s=float(np.median([row.seconds for row in found])))
-            for _, found in sorted(by_size.items())]  # fmt: skip
+    return [_of_quiet(found) for _, found in sorted(by_size.items())]
+
+
+def _of_quiet(found: Sequence[Measurement]) -> Measurement:
+    quiet = sorted(found, key=lambda row: row.waited)[: -(-len(found) // 2)]
+    return replace(quiet[0], median_s=float(np.median([row.seconds for row in quiet])))
 
 
 def errors_published(devices: Mapping[str, Sequence[Measurement]]) -> dict[str, Errors]:
@@ -92,18 +100,20 @@ def errors_published(devices: Mapping[str, Sequence[Measurement]]) -> dict[str, 
     return _errors(left_out())
 
 
-def _errors(cases: Iterator[tuple[Sequence[Measurement], Measurement]]) -> dict[str, Errors]:
-    predictors: dict[str, Predict] = {"ours": _ours, "line_in_logarithms": _in_logarithms, "one_alpha_beta": _one_line}
-    errors: dict[str, Errors] = defaultdict(list)
+def _errors(cases: Iterable[tuple[Sequence[Measurement], Measurement]]) -> dict[str, Errors]:
+    errors: dict[str, Errors] = {"ours": [], "line_in_logarithms": [], "one_alpha_beta": []}
+    known: tuple[Sequence[Measurement], CollectiveModel] | None = None
     for given, row in cases:
+        if known is None or known[0] is not given:
+            known = given, CollectiveModel.of(given)
         op = AllReduce(int(row.op["bytes"]), int(row.op["ranks"]))
-        for name, predict in predictors.items():
-            errors[name].append(abs(predict(given, op) / row.seconds - 1))
+        for name, seconds in (
+            ("ours", known[1].predict(op).seconds),
+            ("line_in_logarithms", _in_logarithms(given, op)),
+            ("one_alpha_beta", _one_line(given, op)),
+        ):
+            errors[name].append(abs(seconds / row.seconds - 1))
     return errors
-
-
-def _ours(given: Sequence[Measurement], op: AllReduce) -> float:
-    return CollectiveModel.of(given).predict(op).seconds
 
 
 def _points(given: Sequence[Measurement], op: AllReduce) -> list[tuple[float, float]]:

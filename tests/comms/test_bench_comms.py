@@ -106,7 +106,8 @@ def test_a_killed_rank_is_a_row_and_the_next_row_has_new_ranks(groups):
     rows.close()
     assert not row.works
     assert "rank 1 was killed by SIGKILL" in row.problem or "onnection" in row.problem
-    assert list(measure(gloo(AllReduce(64, 2)), QUICK, soon()))[0].works
+    (row,) = measure(gloo(AllReduce(64, 2)), QUICK, soon())
+    assert row.works
 
 
 @pytest.mark.slow
@@ -224,3 +225,20 @@ def test_sums_in_place_do_not_overflow():
             calls = calls_before_overflow(AllReduce(8, ranks, dtype=dtype))
             assert calls >= 1
             assert 1.5 * (1e-4 if dtype == "fp16" else 1e-15) * ranks**calls < limit
+
+
+def test_others_are_charged_only_for_cores_that_the_ranks_need(monkeypatch):
+    monkeypatch.setattr(bench_ranks.os, "sched_getaffinity", lambda _: range(4))
+    clock, busy = [0.0], [100.0]
+    monkeypatch.setattr(bench_ranks.time, "monotonic", lambda: clock[0])
+    monkeypatch.setattr(bench_ranks, "_busy_s", lambda: busy[0])
+    host = bench_ranks.HostBusy()
+    clock[0], busy[0] = 10.0, 100.0 + 15.0 + 25.0  # ours and, on 2.5 of 4 cores, theirs
+    assert host.waited(2, own_cpu_s=15.0) == pytest.approx(0.25)
+    assert host.waited(1, own_cpu_s=15.0) == 0
+    assert host.waited(2, own_cpu_s=40.0) == 0
+
+
+def test_the_kernel_tells_how_long_cores_were_busy():
+    assert bench_ranks._busy_s() > 0
+    assert bench_ranks.loopback() in [name for _, name in bench_ranks.socket.if_nameindex()]

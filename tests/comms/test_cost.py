@@ -3,6 +3,7 @@
 import csv
 import math
 from collections import defaultdict
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -78,7 +79,7 @@ def test_no_curve_falls_or_is_negative(seconds):
     for at in (follow_neighbours(points), follow_segments(fit_segments(points))):
         times = [at(float(size)) for size in np.geomspace(2, 1e9, 60)]
         assert all(t >= 0 for t in times)
-        assert all(later >= earlier * (1 - 1e-9) for earlier, later in zip(times, times[1:]))
+        assert all(later >= earlier * (1 - 1e-9) for earlier, later in pairwise(times))
 
 
 def test_isotonic_pools_only_what_falls():

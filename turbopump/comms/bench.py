@@ -2,8 +2,9 @@
 
 Routes: `gloo` (CPU tensors over loopback TCP), `nccl` (a CUDA device a rank), `mpi` (mpi4py, where installed). One that
 is absent is said once, in the row of an 8-byte all-reduce. Sizes go from 8 B to 64 MiB. A row's time is the median over
-blocks of the slowest rank's wall time, a call; `Send` is half a round trip. One row of domain `host` says what
-computing and communicating cost each other (`Overlap`).
+blocks of the slowest rank's wall time, a call; `Send` is half a round trip. Its `waited` is the share of the ranks'
+cores that other programs took meanwhile, as /proc/stat tells. One row of domain `host` says what computing and
+communicating cost each other (`Overlap`).
 
 The ranks of a route stay while its rows follow each other. A row whose rank dies or hangs says so, and the next begins
 with new ones. bench_ranks.py has the processes, bench_worker.py what they do.
@@ -20,7 +21,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from turbopump.comms.bench_ranks import Ranks, congestion_control, loopback, mpi_problem
+from turbopump.comms.bench_ranks import HostBusy, Ranks, congestion_control, loopback, mpi_problem
 from turbopump.comms.ops import (
     AllGather,
     AllReduce,
@@ -167,7 +168,9 @@ def _row(kept: _Kept, trial: Trial, request: Request, until: float) -> Measureme
         ranks = kept.ranks(trial, until)
         command = {"do": "overlap" if domain == "host" else "measure", "kind": type(trial.op).__name__,
                    "op": asdict(trial.op), "budget_s": request.row_s}  # fmt: skip
+        busy = HostBusy()
         answers = ranks.ask(command, max(1.0, until - time.monotonic()))
+        waited = busy.waited(len(answers), sum(answer["cpu_s"] for answer in answers))
     except RankError as error:
         kept.give_up(trial, str(error))
         return Measurement.failed(trial, domain, str(error))
@@ -176,25 +179,24 @@ def _row(kept: _Kept, trial: Trial, request: Request, until: float) -> Measureme
         return Measurement.failed(trial, domain, problems[0])
     facts = _facts(trial, ranks.library)
     if domain == "host":
-        timing, slowdowns = _overlap_of(answers)
+        timing, slowdowns = _overlap_of(answers, waited)
         return Measurement.of(trial, domain, timing, library=ranks.library, facts=facts | slowdowns)
     slowest = np.max([answer["seconds"] for answer in answers], axis=0)
-    timing = _timing(slowest, int(answers[0]["calls"]))
+    timing = _timing(slowest, int(answers[0]["calls"]), waited)
     return Measurement.of(trial, domain, timing, library=ranks.library, facts=facts)
 
 
-def _timing(seconds: np.ndarray, calls: int) -> Timing:
-    median = float(np.median(seconds))
-    return Timing("wall", len(seconds), calls, float(seconds.min()), median, float(np.quantile(seconds, 0.9)), median,
-                  0.0)  # fmt: skip
+def _timing(seconds: np.ndarray, calls: int, waited: float) -> Timing:
+    median, p90 = float(np.median(seconds)), float(np.quantile(seconds, 0.9))
+    return Timing("wall", len(seconds), calls, float(seconds.min()), median, p90, median, waited)
 
 
-def _overlap_of(answers: Sequence[dict[str, Any]]) -> tuple[Timing, dict[str, Scalar]]:
+def _overlap_of(answers: Sequence[dict[str, Any]], waited: float) -> tuple[Timing, dict[str, Scalar]]:
     """Times of the all-reduce beside products; slowdowns as medians over rounds of ratios within a round."""
     rounds = np.array([answer["rounds"] for answer in answers])  # ranks, rounds, (comm, comm with, product, with)
     comm, comm_with = rounds[:, :, 0].max(axis=0), rounds[:, :, 1].max(axis=0)
     product, product_with = rounds[:, :, 2].mean(axis=0), rounds[:, :, 3].mean(axis=0)
-    return _timing(comm_with, 1), {
+    return _timing(comm_with, 1, waited), {
         "slowdown_compute": float(np.median(product_with / product)),
         "slowdown_comm": float(np.median(comm_with / comm)),
         "comm_alone_s": float(np.median(comm)),

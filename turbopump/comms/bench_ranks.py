@@ -19,6 +19,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
@@ -89,10 +90,8 @@ class Ranks:
         unknown: list[socket.socket] = []
         while len(self._channels) < ranks:
             self._server.settimeout(0.05)
-            try:
+            with suppress(TimeoutError):
                 unknown.append(self._server.accept()[0])
-            except TimeoutError:
-                pass
             for channel in list(unknown):
                 channel.settimeout(0.02)
                 try:
@@ -184,10 +183,8 @@ class Ranks:
         until = time.monotonic() + (0.0 if at_once else END_S)
         try:
             for process in self._processes:
-                try:
+                with suppress(subprocess.TimeoutExpired):
                     process.wait(max(0.0, until - time.monotonic()))
-                except subprocess.TimeoutExpired:
-                    pass
         finally:
             for channel in self._channels.values():
                 channel.close()  # a rank that is still there ends when it sees this
@@ -210,10 +207,8 @@ class Ranks:
 
 
 def _signal(process: subprocess.Popen[bytes], number: int) -> None:
-    try:
+    with suppress(ProcessLookupError):
         os.killpg(process.pid, number)  # its session and group are its own
-    except ProcessLookupError:
-        pass
 
 
 def _reap(process: subprocess.Popen[bytes]) -> None:
@@ -239,8 +234,36 @@ def _environment(threads: int, mpi: bool) -> dict[str, str]:
         "NCCL_SOCKET_IFNAME": interface,
     }
     if mpi:
-        own["OMPI_MCA_btl"] = os.environ.get("OMPI_MCA_btl", "self,sm")  # shared memory alone: no rank listens on TCP
+        own["OMPI_MCA_btl"] = "self,sm"  # shared memory alone: no rank listens on TCP
     return {**os.environ, **own}
+
+
+class HostBusy:
+    """What other programs compute on this host from now on."""
+
+    def __init__(self) -> None:
+        self._begin, self._busy_s = time.monotonic(), _busy_s()
+
+    def waited(self, ranks: int, own_cpu_s: float) -> float:
+        """Share of the cores of `ranks` ranks (which computed for `own_cpu_s`) that others took, 0 to 1.
+
+        Others that fit on the remaining cores take none. 0 where the kernel does not tell.
+        """
+        elapsed_s = time.monotonic() - self._begin
+        others = max(0.0, _busy_s() - self._busy_s - own_cpu_s) / elapsed_s
+        spare = max(0, len(os.sched_getaffinity(0)) - ranks)
+        return min(1.0, max(0.0, others - spare) / ranks)
+
+
+def _busy_s() -> float:
+    """Seconds that all cores together have computed: user, nice and system (proc_stat(5)).
+
+    Not interrupts: those of our own messages would count as others', since no process is charged for them.
+    """
+    try:
+        return sum(map(float, Path("/proc/stat").read_text().split(maxsplit=4)[1:4])) / os.sysconf("SC_CLK_TCK")
+    except (OSError, ValueError, IndexError):
+        return 0.0
 
 
 def loopback() -> str:

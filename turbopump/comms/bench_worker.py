@@ -302,6 +302,7 @@ def measure_overlap(transport: Torch, op: Overlap, budget_s: float) -> dict[str,
 
 def _obey(channel: socket.socket, transport: Any, commands: queue.SimpleQueue[bytes]) -> None:
     while (command := json.loads(commands.get()))["do"] != "stop":
+        cpu_s = time.process_time()
         try:
             if command["do"] == "overlap":
                 answer = measure_overlap(transport, Overlap(**command["op"]), command["budget_s"])
@@ -310,6 +311,7 @@ def _obey(channel: socket.socket, transport: Any, commands: queue.SimpleQueue[by
                 answer = measure(transport, op, command["budget_s"])
         except Exception as error:
             answer = {"problem": (str(error).splitlines() or [type(error).__name__])[0][:300]}
+        answer["cpu_s"] = time.process_time() - cpu_s
         channel.send(json.dumps(answer).encode())
 
 

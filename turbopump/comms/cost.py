@@ -51,21 +51,21 @@ class Segment:
         return self.alpha_s + self.beta_s_per_byte * size
 
 
-def fit_line(points: Points) -> tuple[float, float, float]:
+def fit_line(points: Points, rounds: int = 8) -> tuple[float, float, float]:
     """`alpha` and `beta`, neither negative, of least squared error in the logarithm of time; and that sum of squares.
 
-    Gauss-Newton: every round is a weighted linear least-squares problem with two unknowns, begun at relative error.
+    Gauss-Newton: every round is a weighted linear least-squares problem with two unknowns; the first is relative error.
     """
     n = np.array([size for size, _ in points])
     t = np.array([seconds for _, seconds in points])
     fitted = t
     alpha = beta = 0.0
-    for _ in range(8):
+    for _ in range(rounds):
         wanted = 1.0 + np.log(t / fitted)  # of alpha / fitted + beta * n / fitted
         x, y = 1.0 / fitted, n / fitted
         alpha, beta = _two_unknowns(x, y, wanted)
         update = alpha + beta * n
-        if np.allclose(update, fitted, rtol=1e-9, atol=0.0):
+        if rounds == 1 or np.allclose(update, fitted, rtol=1e-9, atol=0.0):
             break
         fitted = np.maximum(update, 0.1 * fitted)  # no step to zero or below
     error = float(np.sum(np.log(t / np.maximum(alpha + beta * n, 1e-12)) ** 2))
@@ -87,7 +87,7 @@ def _two_unknowns(x: np.ndarray, y: np.ndarray, wanted: np.ndarray) -> tuple[flo
 
 
 class _Lines:
-    """Fits of `fit_line` to runs of the same points, each made once."""
+    """First rounds of `fit_line` on runs of the same points, each made once: enough to compare partitions."""
 
     def __init__(self) -> None:
         self._known: dict[tuple[tuple[float, float], ...], tuple[float, float, float]] = {}
@@ -95,16 +95,16 @@ class _Lines:
     def __call__(self, points: Points) -> tuple[float, float, float]:
         key = tuple(points)
         if key not in self._known:
-            self._known[key] = fit_line(key)
+            self._known[key] = fit_line(key, rounds=1)
         return self._known[key]
 
 
-def fit_segments(points: Points, most: int = MAX_SEGMENTS, line: Callable[[Points], tuple] = fit_line) -> list[Segment]:
+def fit_segments(points: Points, most: int = MAX_SEGMENTS, line: _Lines | None = None) -> list[Segment]:
     """The best partition into segments of at least 2 points: least `m log(error / m) + 3 k log m` (BIC), k segments.
 
     Dynamic programming over the last breakpoint (Bellman 1961) for each number of segments.
     """
-    m = len(points)
+    m, line = len(points), line or _Lines()
     if m == 1:
         return [Segment(points[0][0], points[0][0], points[0][1], 0.0)]
     best: list[dict[int, tuple[float, list[int]]]] = [{0: (0.0, [])}]
@@ -124,7 +124,7 @@ def fit_segments(points: Points, most: int = MAX_SEGMENTS, line: Callable[[Point
     cuts = min(scores)[1]
     fitted = []
     for start, end in pairwise([*cuts, m]):
-        alpha, beta, _ = line(points[start:end])
+        alpha, beta, _ = fit_line(points[start:end])
         fitted.append(Segment(points[start][0], points[end - 1][0], alpha, beta))
     return fitted
 
@@ -157,7 +157,7 @@ def _in_the_gap(left: Segment, right: Segment, size: float) -> float:
 
 
 def follow_neighbours(points: Points) -> Predictor:
-    """Straight lines between the points after isotonic regression; beyond them those of `fit_line` to the last three."""
+    """Straight lines between the points after isotonic regression; beyond them that of `fit_line` to the last three."""
     sizes = np.array([size for size, _ in points])
     seconds = isotonic(np.array([t for _, t in points]))
     level = list(zip(sizes.tolist(), seconds.tolist()))
@@ -276,7 +276,7 @@ def fit(rows: Iterable[Measurement]) -> CollectiveCurve:
     left_out: dict[Model, float] = {
         model: float(np.median(np.expm1(inner))) for model, (inner, _) in errors.items() if len(points) >= 4
     }
-    model = min(left_out, key=left_out.__getitem__, default="neighbours")
+    model: Model = min(left_out, key=left_out.__getitem__) if left_out else "neighbours"
     inner, outer = errors[model]
     return CollectiveCurve(kind, ranks, level, dtype, route, device, points, measured, model, left_out, inner, outer)
 
@@ -413,5 +413,3 @@ def _same_sent(op: Collective, curve: CollectiveCurve) -> tuple[float, float]:
 
 def _with_ranks(op: Collective, ranks: int) -> Collective:
     return KINDS[type(op).__name__](op.bytes, ranks, op.level, op.dtype)
-
-
