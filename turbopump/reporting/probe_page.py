@@ -113,8 +113,7 @@ def not_measured(profile: MachineProfile, domain: Domain, otherwise: str = "") -
     broken = next((r.problem for r in rows if r.problem), "")
     if not rows:
         again = tag("code", f"turbopump probe --only {domain}")
-        name = DOMAIN_NAMES[domain]
-        text = tag("p", f"{name[0].upper()}{name[1:]} ({domain}) was not measured: ", again, class_="muted")
+        text = tag("p", f"{domain} ({DOMAIN_NAMES[domain]}) was not measured: ", again, class_="muted")
     elif broken and not any(usable(r) for r in rows):
         text = tag("p", f"Nothing of {domain} could be measured: {broken}", class_="muted")
     else:
@@ -141,7 +140,7 @@ def page_header(profile: MachineProfile, found: Sequence[Gain]) -> Html:
 
 def status_text(profile: MachineProfile) -> str:
     cores, memory = number(profile.machine, "num_cores"), number(profile.machine, "memory_bytes")
-    made = "measured" if profile.provenance == "measured" else f"from a {profile.provenance}, not measured"
+    made = "measured" if profile.provenance == "measured" else f"from a {profile.provenance}, written"
     software = [f"{name} {version}" for name, version in list(profile.software.items())[:3]]
     size = human_bytes(memory) if memory else ""
     parts = [f"{made} {moment(profile.date)}", f"{cores:.0f} cores" if cores else "", size, *software]

@@ -296,7 +296,7 @@ def routes_figure(found: list[Gain]) -> Figure | None:
         title="Gain of the fastest route over the default",
         summary=f"{len(found)} operations; the fastest route takes 1/{max(ratios):.3g} of the default's time at best.",
         data=data,
-        layout=layout(x="times as fast as the default route", y="", height=90 + 32 * len(names), hovermode="closest",
+        layout=layout(x="gain over the default route", y="", height=90 + 32 * len(names), hovermode="closest",
                       xaxis=axis, shapes=[line],
                       yaxis={"tickvals": list(range(len(names))), "ticktext": [_two_lines(n) for n in names],
                              "range": [-0.6, len(names) - 0.4], "zeroline": False}),
