@@ -257,7 +257,8 @@ def datasheet() -> MachineProfile:
                         memory_bytes=80_000_000_000, memory_bytes_per_s=3.35e12, power_w=700.0, clock_hz=1.83e9,
                         source="NVIDIA H100 datasheet", relative="NVIDIA A100 SXM")  # fmt: skip
     curves = tuple(
-        Curve(kind, dtype, {"peak_share": 0.8, "half_flops": 2e9}, "NVIDIA A100 SXM", "published measurements", 0.09)
+        Curve(kind, dtype, {"launch_s": 4e-6, "efficiency": 0.82, "half_m": 90.0,
+              "half_n": 60.0, "half_k": 40.0, "memory_share": 0.8}, "NVIDIA A100 SXM", "published measurements", 0.09)
         for kind in ("Gemm", "Conv2d", "Rnn") for dtype in ("tf32", "bf16")
     )  # fmt: skip
     return MachineProfile(
@@ -270,5 +271,5 @@ def datasheet() -> MachineProfile:
         {},
         {},
         (device,),
-        curves=curves,
-    )
+        curves=curves, uncertain=("Gemm in bf16: as NVIDIA A100 SXM reaches it, which has 0.32 of the peak",),
+    )  # fmt: skip

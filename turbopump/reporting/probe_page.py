@@ -21,6 +21,7 @@ from turbopump.reporting.html import Html, join, prose, tag
 from turbopump.reporting.page import moment, page_footer, plots, tile
 from turbopump.reporting.plots import Figure, Table
 from turbopump.reporting.probe_axes import dtype_colour
+from turbopump.reporting.probe_curves import borrowed_curves
 from turbopump.reporting.probe_plots import efficiencies, rooflines, routes_figure, spec_roofline
 from turbopump.reporting.probe_rows import (
     DOMAIN_NAMES,
@@ -63,22 +64,29 @@ def probe_page(profile: MachineProfile) -> bytes:
     """The page as one HTML file."""
     found = gains(profile)
     figures = probe_figures(profile, found)
-    ids = list(figures)
-    main = tag(
-        "main",
-        decisions(profile, found),
-        html.section("Best rates", best_rates_card(profile), id_="peaks"),
-        part("Rooflines", profile, "compute", figures, [i for i in ids if i.startswith("roofline")]),
-        part("Efficiency against size", profile, "compute", figures, [i for i in ids if i.startswith("efficiency")]),
-        part("Routes", profile, "compute", figures, ["routes"], "No operation was measured by two routes."),
-        part("Memory", profile, "memory", figures, ["memory"]),
-        part("Collectives", profile, "comms", figures, ["collectives-time", "collectives-rate"]),
-        part("Storage", profile, "data", figures, ["storage-reads", "storage-bytes"]),
-        html.section("Small numbers", small_numbers(profile), id_="small"),
-        html.section("Everything", everything(profile), id_="rows"),
-    )
+    main = tag("main", decisions(profile, found), *sections(profile, figures))
     body = join([page_header(profile, found), main, page_footer()])
     return html.document(f"{profile.name} · probe", body, figures.values())
+
+
+def sections(profile: MachineProfile, figures: Mapping[str, Figure]) -> list[Html]:
+    """The parts of the page; a profile that is none of measurements leaves out those that it cannot have."""
+    roofs = [i for i in figures if i.startswith("roofline")]
+    shares = [i for i in figures if i.startswith(("efficiency", "borrowed"))]
+    parts = [
+        html.section("Best rates", best_rates_card(profile), id_="peaks"),
+        part("Rooflines", profile, "compute", figures, roofs),
+        part("Efficiency against size", profile, "compute", figures, shares),
+    ]
+    if profile.provenance == "measured" or profile.rows:
+        parts += [
+            part("Routes", profile, "compute", figures, ["routes"], "No operation was measured by two routes."),
+            part("Memory", profile, "memory", figures, ["memory"]),
+            part("Collectives", profile, "comms", figures, ["collectives-time", "collectives-rate"]),
+            part("Storage", profile, "data", figures, ["storage-reads", "storage-bytes"]),
+            html.section("Small numbers", small_numbers(profile), id_="small"),
+        ]
+    return [*parts, html.section("Everything", everything(profile), id_="rows")]
 
 
 def probe_figures(profile: MachineProfile, found: Sequence[Gain]) -> dict[str, Figure]:
@@ -88,6 +96,7 @@ def probe_figures(profile: MachineProfile, found: Sequence[Gain]) -> dict[str, F
     candidates = [
         *(measured or [spec_roofline(profile)]),
         *efficiencies(profile, settings),
+        *borrowed_curves(profile),
         routes_figure(list(found)),
         memory_figure(profile),
         collectives_time(profile),
@@ -236,12 +245,14 @@ def notes_of(profile: MachineProfile) -> list[str]:
 
 
 def decisions(profile: MachineProfile, found: Sequence[Gain]) -> Html:
+    shown = tag("section", tag("h2", "How far to trust it", id="trust-title"), *trust(profile), class_="card",
+                id="trust", aria_labelledby="trust-title")  # fmt: skip
     if not profile.rows:
-        return Html()
+        doubts = profile.uncertain or profile.left_out
+        return tag("div", shown, class_="decisions one", style="margin-top:24px") if doubts else Html()
     return tag(
         "div",
-        tag("section", tag("h2", "How far to trust it", id="trust-title"), *trust(profile), class_="card",
-            id="trust", aria_labelledby="trust-title"),
+        shown,
         tag("section", tag("h2", "What to change first", id="changes-title"), changes(found), class_="card",
             id="changes", aria_labelledby="changes-title"),
         class_="decisions", style="margin-top:24px",
@@ -251,23 +262,8 @@ def decisions(profile: MachineProfile, found: Sequence[Gain]) -> Html:
 def trust(profile: MachineProfile) -> list[Html]:
     """How noisy the rows are, what is uncertain, what was left out."""
     rows = [r for r in profile.rows if usable(r)]
-    if not rows:
-        return [tag("p", "No row has a time.")]
-    noisy = sum(r.noisy for r in rows) / len(rows)
-    spread = profile.quality.get("spread", float(np.median([r.spread for r in rows])))
-    waited = profile.quality.get("waited", float(np.median([r.waited for r in rows])))
+    parts = [_meters(profile, rows)] if rows else []
     failed = sum(not r.works for r in profile.rows)
-    facts = [
-        (percent(noisy), f"of {len(rows):,} rows are noisy", noisy),
-        (percent(spread), "spread of the median row (fastest to 90th percentile)", spread),
-        (percent(waited), "of the time the core was taken by others", waited),
-    ]
-    items = [
-        tag("li", tag("div", tag("b", prose(value)), Html(" "), name),
-            tag("div", tag("span", style=f"width:{100 * min(1.0, max(0.0, share)):.1f}%"), class_="meter"))
-        for value, name, share in facts
-    ]  # fmt: skip
-    parts = [tag("ul", *items, class_="meters")]
     if failed:
         parts.append(tag("p", f"{failed} trials do not run here or are not exact; the table says why.", class_="muted"))
     for title, lines in (("Less certain than it could be", profile.uncertain), ("Left out", profile.left_out)):
@@ -277,6 +273,22 @@ def trust(profile: MachineProfile) -> list[Html]:
             parts += [tag("h3", title), shown]
             parts += [html.details(f"{len(lines) - _FIRST} more", more)] if len(lines) > _FIRST else []
     return parts
+
+
+def _meters(profile: MachineProfile, rows: Sequence[Measurement]) -> Html:
+    noisy = sum(r.noisy for r in rows) / len(rows)
+    spread = profile.quality.get("spread", float(np.median([r.spread for r in rows])))
+    waited = profile.quality.get("waited", float(np.median([r.waited for r in rows])))
+    facts = (
+        (noisy, f"of {len(rows):,} rows are noisy"),
+        (spread, "spread of the median row (fastest to 90th percentile)"),
+        (waited, "of the time the core was taken by others"),
+    )
+    return tag("ul", *(
+        tag("li", tag("div", tag("b", prose(percent(share))), Html(" "), name),
+            tag("div", tag("span", style=f"width:{100 * min(1.0, max(0.0, share)):.1f}%"), class_="meter"))
+        for share, name in facts
+    ), class_="meters")  # fmt: skip
 
 
 def changes(found: Sequence[Gain]) -> Html:
@@ -361,12 +373,12 @@ def _paper_rates(profile: MachineProfile) -> Html:
         return not_measured(profile, "compute", "No product was measured.")
     top = max(device.flops_per_s.values()) or 1.0
     bars = [
-        _bar(dtype, human(device.flops_per_s[dtype], "FLOP/s"), "", f"{100 * device.flops_per_s[dtype] / top:.2f}%",
-             dtype_colour(dtype, index))
+        tag("div", _bar(dtype, human(device.flops_per_s[dtype], "FLOP/s"), "",
+                        f"{100 * device.flops_per_s[dtype] / top:.2f}%", dtype_colour(dtype, index)))
         for index, dtype in enumerate(dtype_order(device.flops_per_s))
     ]  # fmt: skip
     note = f"Not measured: {device.provenance} of {device.name}. {device.source} {device.note}".strip()
-    return tag("div", tag("div", tag("div", *bars, class_="peak-group"), class_="peaks"),
+    return tag("div", tag("div", *bars, class_="peaks"),
                tag("p", note, class_="muted"), class_="card")  # fmt: skip
 
 
