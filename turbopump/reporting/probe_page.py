@@ -53,6 +53,7 @@ from turbopump.reporting.probe_transfer_plots import (
 from turbopump.reporting.words import percent
 
 _FIRST = 4  # changes and left-out groups shown at once
+NOISY_PROFILE = 0.25  # a larger share of noisy rows is said on top
 
 
 def write_page(profile: MachineProfile, path: Path) -> None:
@@ -150,7 +151,8 @@ def page_header(profile: MachineProfile, found: Sequence[Gain]) -> Html:
 def status_text(profile: MachineProfile) -> str:
     cores, memory = number(profile.machine, "num_cores"), number(profile.machine, "memory_bytes")
     made = "measured" if profile.provenance == "measured" else f"from a {profile.provenance}, written"
-    software = [f"{name} {version}" for name, version in list(profile.software.items())[:3]]
+    telling = [name for name in profile.software if name not in ("python", "turbopump")]
+    software = [f"{name} {profile.software[name]}" for name in telling[:3]]
     size = human_bytes(memory) if memory else ""
     parts = [f"{made} {moment(profile.date)}", f"{cores:.0f} cores" if cores else "", size, *software]
     return " · ".join(p for p in parts if p)
@@ -233,6 +235,10 @@ def notes_of(profile: MachineProfile) -> list[str]:
         notes.append(f"Nothing here was measured on this machine: rates are those of a {profile.provenance}.{borrowed}")
     elif not any(timed(r) for r in profile.rows):
         notes.append("No operation of this machine was measured: `turbopump probe` measures them.")
+    rows = [r for r in profile.rows if usable(r)]
+    noisy = sum(r.noisy for r in rows) / len(rows) if rows else 0.0
+    if noisy > NOISY_PROFILE:
+        notes.append(f"{percent(noisy)} of the rows are noisy: other work ran here. Probe again when it is quiet.")
     missing = [d for d in get_args(Domain) if not any(r.domain == d for r in profile.rows)]
     if profile.provenance == "measured" and missing and len(missing) < len(get_args(Domain)):
         names = ", ".join(f"{d} ({DOMAIN_NAMES[d]})" for d in missing)
@@ -344,14 +350,14 @@ def best_rates_card(profile: MachineProfile) -> Html:
                 where = f" · {place.words}" if len(places) > 1 else ""
                 bars = [_peak_bar(p, top, dtype_colour(dtype, index)) for p in mine[:8]]
                 blocks.append(tag("div", tag("h3", f"{dtype or 'any dtype'}{where}"), *bars, class_="peak-group"))
-    note = "The fastest product by each route. Error: difference from the same product in fp64, relative."
+    note = "The fastest product by each route, and what is faster still. Error: relative difference from fp64."
     return tag("div", tag("div", *blocks, class_="peaks"), tag("p", note, class_="muted"), class_="card")
 
 
 def _peak_bar(peak: Peak, top: float, colour: str) -> Html:
     width = f"{100 * peak.row.flops_per_s / top:.2f}%"
     error = f"error {error_words(peak.row.error)}" if peak.row.error is not None else ""
-    share = f"{percent(peak.row.peak_share)} of the datasheet's peak" if peak.row.peak_share else ""
+    share = f"{percent(peak.row.peak_share)} of the theoretical peak" if peak.row.peak_share else ""
     said = [peak.problem] if peak.problem else [op_words(peak.row), error, share]
     return _bar(peak.route, human(peak.row.flops_per_s, "FLOP/s"), " · ".join(s for s in said if s), width, colour,
                 void=bool(peak.problem))  # fmt: skip
@@ -399,7 +405,8 @@ def small_numbers(profile: MachineProfile) -> Html:
                 beside = f"beside {human_bytes(size)} by {row.route}" if size else f"by {row.route}"
                 shown.append((f"{of} when both run", f"×{value:.3g}", f"of its time alone, {beside}"))
         if row.kind.startswith("Checkpoint") and usable(row):
-            shown.append((f"{op_words(row)}", human(row.bytes / row.seconds, "B/s"), human_seconds(row.seconds)))
+            said = f"{human_seconds(row.seconds)}, {row.route}"
+            shown.append((f"{op_words(row)}", human(row.bytes / row.seconds, "B/s"), said))
     if not shown:
         return not_measured(profile, "host", "No launch cost and no overlap was measured.")
     return tag("dl", *(tile(*t) for t in shown[:24]), class_="tiles four", style="margin-top:0")

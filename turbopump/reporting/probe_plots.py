@@ -79,7 +79,8 @@ def roofline(profile: MachineProfile, peak: Peak, rows: list[Measurement], index
     intensity = {r.key: r.flops / r.bytes for r in (*shown, *slower)}
     rate = {r.key: r.flops / r.seconds for r in (*shown, *slower)}
     low_x, high_x = span_of([*intensity.values(), *([top / memory] if memory else [])], 1.8)
-    low_y = span_of(list(rate.values()), 1.8)[0]
+    low_y = min(span_of(list(rate.values()), 1.8)[0], top / 20)
+    top_y = max(top, *rate.values())
     data = _roofs(top, memory, caches, low_x, high_x)
     if slower:
         data.append(dots([intensity[r.key] for r in slower], [rate[r.key] for r in slower], [hover(r) for r in slower],
@@ -102,10 +103,10 @@ def roofline(profile: MachineProfile, peak: Peak, rows: list[Measurement], index
         + (f" and the memory's {human(memory, 'B/s')}." if memory else "."),
         data=data,
         layout=layout(x="FLOPs per byte", y="FLOP/s", height=340, hovermode="closest", annotations=notes,
-                      xaxis={**_plain_log(low_x, high_x)}, yaxis=rate_axis([low_y * 1.35, top * 1.2])),
+                      xaxis={**_plain_log(low_x, high_x)}, yaxis=rate_axis([low_y * 1.35, top_y * 1.2])),
         table=rows_table(shown, top),
         legend=True,
-        note=" ".join(part for part in (note, _roof_words(memory, caches, setting)) if part),
+        note=" ".join(part for part in (note, _roof_words(memory, caches, setting), _above(top_y, top)) if part),
     )  # fmt: skip
 
 
@@ -141,6 +142,10 @@ def _roof_words(memory: float | None, caches: float | None, setting: Setting) ->
     elif memory is None:
         text += " The memory was not measured: probe --only memory."
     return text
+
+
+def _above(highest: float, top: float) -> str:
+    return "Points above the best rate do fewer FLOPs than are counted." if highest > top else ""
 
 
 def rows_table(rows: list[Measurement], top: float | None = None) -> Table:

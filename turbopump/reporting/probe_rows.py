@@ -18,6 +18,8 @@ from turbopump.hardware.profile import MachineProfile, Measurement
 
 DEFAULT = "default"
 PRODUCTS = ("Gemm", "BatchedGemm")
+NOMINAL = ("fft", "winograd", "strassen")
+"""Kinds and routes (in lower case, a part of the name) that do fewer FLOPs than are counted: no limit for others."""
 WORTH_CHANGING = 1.05
 """A gain below this is within what two measurements of one route differ by."""
 
@@ -123,18 +125,27 @@ def dtype_order(dtypes: Iterable[str]) -> list[str]:
 
 def peaks(profile: MachineProfile) -> list[Peak]:
     """The fastest product of each setting, dtype and route; the rates that count before those that do not, fastest
-    first. Where no product was measured, the fastest operation that counts FLOPs."""
-    with_flops = [r for r in profile.rows if r.domain == "compute" and r.flops > 0 and timed(r)]
-    products = {(setting_of(r), r.dtype) for r in with_flops if r.kind in PRODUCTS}
+    first. Another operation stands for its dtype where it is faster than every exact product, or none was measured:
+    the best rate is that of all routes and operations, so that no share of it passes 100 %."""
     best: dict[tuple[Setting, str, str], Measurement] = {}
-    for row in with_flops:
-        if row.kind not in PRODUCTS and (setting_of(row), row.dtype) in products:
+    others: dict[tuple[Setting, str], Measurement] = {}
+    for row in profile.rows:
+        if row.domain != "compute" or row.flops <= 0 or not timed(row):
             continue
-        key = (setting_of(row), row.dtype, row.route)
-        held = best.get(key)
-        if held is None or (row.works, row.flops_per_s) > (held.works, held.flops_per_s):
-            best[key] = row
+        place = setting_of(row)
+        if row.kind in PRODUCTS:
+            held = best.get((place, row.dtype, row.route))
+            if held is None or (row.works, row.flops_per_s) > (held.works, held.flops_per_s):
+                best[place, row.dtype, row.route] = row
+        elif row.works and not any(word in (row.kind + row.route).lower() for word in NOMINAL):
+            held = others.get((place, row.dtype))
+            if held is None or row.flops_per_s > held.flops_per_s:
+                others[place, row.dtype] = row
     found = [Peak(setting, dtype, route, row, row.problem) for (setting, dtype, route), row in best.items()]
+    for (place, dtype), row in others.items():
+        exact = [p for p in found if (p.setting, p.dtype) == (place, dtype) and not p.problem]
+        if all(row.flops_per_s > p.row.flops_per_s for p in exact):
+            found.append(Peak(place, dtype, row.route, row, ""))
     return sorted(found, key=lambda p: (bool(p.problem), -p.row.flops_per_s))
 
 
@@ -183,15 +194,14 @@ def gain_group(row: Measurement) -> str:
 
 
 def copy_rates(profile: MachineProfile, setting: Setting) -> list[tuple[float, float]]:
-    """Working set in bytes and the best bytes a second of copy and triad, smallest first: in the setting itself, else
-    as the device was measured."""
+    """Bytes read and written, and the best bytes a second of copy and triad, smallest first: in the setting itself,
+    else as the device was measured."""
     rows = [r for r in profile.rows if r.kind in ("MemoryCopy", "MemoryTriad") and usable(r) and r.bytes_per_s > 0
             and r.device == setting.device]  # fmt: skip
     rows = [r for r in rows if r.threads == setting.threads] or rows
     best: dict[float, float] = {}
     for row in rows:
-        size = number(row.op, "bytes") or row.bytes
-        best[size] = max(best.get(size, 0.0), row.bytes_per_s)
+        best[row.bytes] = max(best.get(row.bytes, 0.0), row.bytes_per_s)
     return sorted(best.items())
 
 
@@ -200,8 +210,8 @@ def memory_roofs(profile: MachineProfile, setting: Setting) -> tuple[float | Non
     best of all); None where it is not known."""
     rates = copy_rates(profile, setting)
     if rates:
-        # two of the largest: the largest alone may be a noisy row
-        memory = max(rate for _, rate in rates[-2:])
+        # the largest alone may be a noisy row
+        memory = max(rate for size, rate in rates if size >= rates[-1][0] / 4)
         fastest = max(rate for _, rate in rates)
         return memory, fastest if fastest > 1.3 * memory else None
     known = [d.memory_bytes_per_s for d in profile.devices if d.memory_bytes_per_s]
@@ -284,7 +294,7 @@ def rate_words(row: Measurement) -> str:
 
 def error_words(error: float | None) -> str:
     """`2.6e-7`."""
-    if error is None:
-        return ""
+    if not error:
+        return "" if error is None else "0"
     digits, _, power = f"{error:.1e}".partition("e")
     return f"{digits}e{int(power)}" if power else digits

@@ -14,7 +14,7 @@ from turbopump.core.units import human, human_seconds
 from turbopump.hardware.profile import MachineProfile, Measurement
 from turbopump.reporting.plots import Figure, Table, Trace, label, layout
 from turbopump.reporting.probe_axes import colour, curve, rate_axis, seconds_axis, size_axis, span_of
-from turbopump.reporting.probe_rows import DEFAULT, Setting, number, setting_of, size_words, usable
+from turbopump.reporting.probe_rows import DEFAULT, Setting, number, setting_of, size_words, timed, usable
 
 DASHES = ("solid", "dash", "dot", "dashdot")
 
@@ -93,6 +93,8 @@ def collectives_time(profile: MachineProfile) -> Figure | None:
         said = ", ".join(f"{int(number(r.op, 'ranks') or 0)} ranks {human_seconds(r.seconds)} ({r.route})"
                          for r in sorted(barriers, key=lambda r: r.seconds)[:4])  # fmt: skip
         note = f"A barrier: {said}."
+    absent = {r.route: r.problem for r in profile.rows if r.domain == "comms" and r.problem and not timed(r)}
+    note = " ".join([note, *(f"{route}: {problem}." for route, problem in list(absent.items())[:3])]).strip()
     return _collective_figure(rows, "collectives-time", "Collectives: time", lambda r: r.seconds, human_seconds,
                               "time", seconds_axis([r.seconds for r in rows]), note)  # fmt: skip
 
@@ -190,36 +192,35 @@ def _storage_figure(
     rows: list[Measurement], id_: str, title: str, value: Callable[[Measurement], float],
     words: Callable[[float], str], y: str, yaxis: dict[str, Any],
 ) -> Figure | None:  # fmt: skip
-    """A curve for each depth (colour), cold or cached (line), engine and kind."""
+    """A curve for each depth (colour), cold or cached (line); each point is of the engine that is fastest there."""
     if not rows:
         return None
-    groups: dict[tuple[bool, bool, int, str], list[Measurement]] = defaultdict(list)
-    for row in rows:
-        depth = int(number(row.op, "depth") or 1)
-        groups[row.kind != "RandomRead", bool(row.op.get("cached")), depth, row.route].append(row)
-    depths = sorted({depth for sequential, _, depth, _ in groups if not sequential})
-    routes = {cached: sorted({r for _, c, _, r in groups if c == cached}) for cached in (False, True)}
+    best: dict[tuple[bool, bool, int], dict[float, Measurement]] = defaultdict(dict)
+    for row in sorted(rows, key=lambda r: -r.seconds):  # so that the fastest engine stays
+        key = (row.kind != "RandomRead", bool(row.op.get("cached")), int(number(row.op, "depth") or 1))
+        best[key][_block(row)] = row
+    depths = sorted({depth for _, _, depth in best})
     data: list[Trace] = []
-    table = []
-    for (sequential, cached, depth, route), mine in sorted(groups.items()):
-        several = len(routes[cached]) > 1
-        what = "sequential" if sequential else f"depth {depth}"
-        name = f"{what}, {'cached' if cached else 'cold'}" + (f", {route}" if several else "")
-        mine = sorted(mine, key=_block)
-        texts = [f"{size_words(_block(r))} · {what}, {'cached' if cached else 'cold'} · {r.route} · {words(value(r))}"
-                 for r in mine]  # fmt: skip
+    for (sequential, cached, depth), by_block in sorted(best.items()):
+        what = f"{'sequential' if sequential else 'depth'} {depth}"
+        name = f"{what}, {'cached' if cached else 'cold'}"
+        mine = [by_block[block] for block in sorted(by_block)]
+        texts = [f"{size_words(_block(r))} · {name} · {r.route} · {words(value(r))}" for r in mine]
         shade = "--measured" if sequential else colour(depths.index(depth))
-        dash = DASHES[(2 if cached else 0) + (routes[cached].index(route) % 2)]
         data.append(curve([_block(r) for r in mine], [value(r) for r in mine], texts, name=name, colour=shade,
-                          dash=dash, width=1.5 if cached else 2.5))  # fmt: skip
-        table += [[what, "cached" if cached else "cold", r.route, size_words(_block(r)), words(value(r)),
-                   human_seconds(r.seconds)] for r in mine]  # fmt: skip
+                          dash="dot" if cached else "solid", width=1.5 if cached else 2.5))  # fmt: skip
+    ordered = sorted(rows, key=lambda r: (r.kind, not r.op.get("cached"), number(r.op, "depth") or 1, _block(r)))
+    table = [[f"{r.kind}, {number(r.op, 'depth') or 1:.0f}", "cached" if r.op.get("cached") else "cold", r.route,
+              size_words(_block(r)), words(value(r)), human_seconds(r.seconds)] for r in ordered]  # fmt: skip
     blocks = [_block(r) for r in rows]
-    names = {cached: ", ".join(routes[cached]) for cached in (False, True) if routes[cached]}
-    note = " ".join(f"{'Cached' if cached else 'Cold'}: {said}." for cached, said in names.items())
+    wins = [row.route for group in best.values() for row in group.values()]
+    engines = ", ".join(
+        f"{name} ({wins.count(name)} of {len(wins)})" for name in sorted(set(wins), key=lambda n: -wins.count(n))
+    )
+    note = f"Each point by its fastest engine: {engines}. Dotted: from the page cache."
     return Figure(
-        id=id_, title=title, data=data[:24], legend=True, note=f"{note} Dotted: from the page cache.",
-        summary=f"{y} by bytes of a read, {len(groups)} curves of depth and cache.",
+        id=id_, title=title, data=data[:24], legend=True, note=note,
+        summary=f"{y} by bytes of a read, {len(best)} curves of depth and cache.",
         layout=layout(x="bytes of a read", y="", height=330, hovermode="closest", xaxis=size_axis(blocks), yaxis=yaxis),
-        table=Table(["read", "cache", "engine", "size", y, "time of a read"], table),
+        table=Table(["read, depth", "cache", "engine", "size", y, "time of a read"], table),
     )  # fmt: skip
