@@ -51,7 +51,7 @@ def size_axis(values: Sequence[float]) -> dict[str, Any]:
     """A logarithmic axis of bytes with ticks at powers of two, as blocks and messages come."""
     low, high = span_of(values)
     powers = range(math.floor(math.log2(low)), math.ceil(math.log2(high)) + 1)
-    every = next(step for step in (1, 2, 4, 5, 10, 20) if len(powers) / step <= 7 or step == 20)
+    every = next(step for step in (1, 2, 3, 4, 5, 10, 20) if len(powers) / step <= 5 or step == 20)
     ticks = [2.0**p for p in powers if p % every == 0]
     return _log_axis(ticks, [size_words(t) for t in ticks], low, high)
 
@@ -63,7 +63,7 @@ def span_of(values: Sequence[float], margin: float = 1.35) -> tuple[float, float
 
 
 def _log_axis(ticks: list[float], texts: list[str], low: float, high: float) -> dict[str, Any]:
-    return {"type": "log", "tickvals": ticks, "ticktext": texts, "showgrid": True, "zeroline": False,
+    return {"type": "log", "tickvals": ticks, "ticktext": texts, "showgrid": True, "zeroline": False, "tickangle": 0,
             "range": [math.log10(low), math.log10(high)]}  # fmt: skip
 
 

@@ -78,13 +78,13 @@ def roofline(profile: MachineProfile, peak: Peak, rows: list[Measurement], index
     slower, _ = drawn([r for r in rows if r.key not in chosen])
     intensity = {r.key: r.flops / r.bytes for r in (*shown, *slower)}
     rate = {r.key: r.flops / r.seconds for r in (*shown, *slower)}
-    low_x, high_x = span_of([*intensity.values(), *([top / memory] if memory else [])], 1.8)
+    low_x, high_x = span_of([*intensity.values(), *([top / memory / 6] if memory else [])], 1.8)
     low_y = min(span_of(list(rate.values()), 1.8)[0], top / 20)
     top_y = max(top, *rate.values())
     data = _roofs(top, memory, caches, low_x, high_x)
     if slower:
         data.append(dots([intensity[r.key] for r in slower], [rate[r.key] for r in slower], [hover(r) for r in slower],
-                         name="slower routes", colour="--axis", size=5, symbol="circle-open"))  # fmt: skip
+                         name="slower routes", colour="--other", size=5, symbol="circle-open"))  # fmt: skip
     for family in FAMILIES:
         mine = [r for r in shown if family_of(r.kind) == family]
         if mine:
@@ -283,13 +283,13 @@ def routes_figure(found: list[Gain]) -> Figure | None:
     data = []
     same = [g for g in picked if g.ratio < WORTH_CHANGING]
     if same:
-        data.append(_gain_dots(same, names, "default is as good", "--axis"))
+        data.append(_gain_dots(same, names, "default is as good", "--other"))
     for index, route in enumerate(routes[:5]):
         mine = [g for g in picked if g.ratio >= WORTH_CHANGING and g.best.route == route]
         data.append(_gain_dots(mine, names, route, colour(index)))
     others = [g for g in picked if g.ratio >= WORTH_CHANGING and g.best.route in routes[5:]]
     if others:
-        data.append(_gain_dots(others, names, f"{len(routes) - 5} other routes", "--other"))
+        data.append(_gain_dots(others, names, f"{len(routes) - 5} other routes", colour(5)))
     ratios = [g.ratio for g in picked]
     axis = {**rate_axis([0.95, *ratios], unit=""), "tickvals": (ticks := _ratio_ticks(max(ratios))),
             "ticktext": [f"×{t:g}" for t in ticks],

@@ -6,7 +6,7 @@ Each function returns a `Figure`, or None where nothing was measured to draw.
 from __future__ import annotations
 
 import math
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable
 from typing import Any
 
@@ -164,19 +164,13 @@ def _place(row: Measurement) -> tuple[str, ...]:
 def storage_reads(profile: MachineProfile) -> Figure | None:
     """Random reads a second against their size."""
     rows = [r for r in _reads(profile) if r.kind == "RandomRead"]
-    return _storage_figure(rows, "storage-reads", "Storage: random reads per second", lambda r: 1 / r.seconds,
-                           lambda v: f"{human(v)} reads/s", "reads per second",
-                           rate_axis([1 / r.seconds for r in rows]))  # fmt: skip
+    return _storage_figure(rows, "storage-reads", "Storage: random reads per second", lambda r: 1 / r.seconds, "")
 
 
 def storage_bytes(profile: MachineProfile) -> Figure | None:
     """Bytes a second of random and sequential reads against the size of a read."""
     rows = _reads(profile)
-    return _storage_figure(
-        rows, "storage-bytes", "Storage: bytes per second", lambda r: _block(r) / r.seconds,
-        lambda v: human(v, "B/s"), "bytes per second",
-        rate_axis([_block(r) / r.seconds for r in rows], unit="B/s"),
-    )  # fmt: skip
+    return _storage_figure(rows, "storage-bytes", "Storage: bytes per second", lambda r: _block(r) / r.seconds, "B/s")
 
 
 def _reads(profile: MachineProfile) -> list[Measurement]:
@@ -189,15 +183,14 @@ def _block(row: Measurement) -> float:
 
 
 def _storage_figure(
-    rows: list[Measurement], id_: str, title: str, value: Callable[[Measurement], float],
-    words: Callable[[float], str], y: str, yaxis: dict[str, Any],
-) -> Figure | None:  # fmt: skip
+    rows: list[Measurement], id_: str, title: str, value: Callable[[Measurement], float], unit: str
+) -> Figure | None:
     """A curve for each depth (colour), cold or cached (line); each point is of the engine that is fastest there."""
     if not rows:
         return None
     best: dict[tuple[bool, bool, int], dict[float, Measurement]] = defaultdict(dict)
     for row in sorted(rows, key=lambda r: -r.seconds):  # so that the fastest engine stays
-        key = (row.kind != "RandomRead", bool(row.op.get("cached")), int(number(row.op, "depth") or 1))
+        key = (row.kind != "RandomRead", bool(row.op.get("cached")), _depth(row))
         best[key][_block(row)] = row
     depths = sorted({depth for _, _, depth in best})
     data: list[Trace] = []
@@ -205,22 +198,33 @@ def _storage_figure(
         what = f"{'sequential' if sequential else 'depth'} {depth}"
         name = f"{what}, {'cached' if cached else 'cold'}"
         mine = [by_block[block] for block in sorted(by_block)]
-        texts = [f"{size_words(_block(r))} · {name} · {r.route} · {words(value(r))}" for r in mine]
+        texts = [f"{size_words(_block(r))} · {name} · {r.route} · {human(value(r), unit or 'reads/s')}" for r in mine]
         shade = "--measured" if sequential else colour(depths.index(depth))
         data.append(curve([_block(r) for r in mine], [value(r) for r in mine], texts, name=name, colour=shade,
                           dash="dot" if cached else "solid", width=1.5 if cached else 2.5))  # fmt: skip
-    ordered = sorted(rows, key=lambda r: (r.kind, not r.op.get("cached"), number(r.op, "depth") or 1, _block(r)))
-    table = [[f"{r.kind}, {number(r.op, 'depth') or 1:.0f}", "cached" if r.op.get("cached") else "cold", r.route,
-              size_words(_block(r)), words(value(r)), human_seconds(r.seconds)] for r in ordered]  # fmt: skip
-    blocks = [_block(r) for r in rows]
-    wins = [row.route for group in best.values() for row in group.values()]
-    engines = ", ".join(
-        f"{name} ({wins.count(name)} of {len(wins)})" for name in sorted(set(wins), key=lambda n: -wins.count(n))
-    )
-    note = f"Each point by its fastest engine: {engines}. Dotted: from the page cache."
+    shown = [row for group in best.values() for row in group.values()]
+    wins = Counter(row.route for row in shown).most_common()
+    engines = ", ".join(f"{name} ({count} of {len(shown)})" for name, count in wins)
     return Figure(
-        id=id_, title=title, data=data[:24], legend=True, note=note,
-        summary=f"{y} by bytes of a read, {len(best)} curves of depth and cache.",
-        layout=layout(x="bytes of a read", y="", height=330, hovermode="closest", xaxis=size_axis(blocks), yaxis=yaxis),
-        table=Table(["read, depth", "cache", "engine", "size", y, "time of a read"], table),
+        id=id_, title=title, data=data[:24], legend=True,
+        summary=f"{title} by bytes of a read, {len(best)} curves of depth and cache.",
+        layout=layout(x="bytes of a read", y="", height=330, hovermode="closest",
+                      xaxis=size_axis([_block(r) for r in shown]),
+                      yaxis=rate_axis([value(r) for r in shown], unit=unit)),
+        table=_storage_table(rows, lambda r: human(value(r), unit or "reads/s")),
+        note=f"Each point by its fastest engine: {engines}. Dotted: from the page cache.",
     )  # fmt: skip
+
+
+def _storage_table(rows: list[Measurement], words: Callable[[Measurement], str]) -> Table:
+    """Every read by every engine."""
+    ordered = sorted(rows, key=lambda r: (r.kind, not r.op.get("cached"), _depth(r), _block(r)))
+    return Table(
+        ["read, depth", "cache", "engine", "size", "rate", "time of a read"],
+        [[f"{r.kind}, {_depth(r)}", "cached" if r.op.get("cached") else "cold", r.route, size_words(_block(r)),
+          words(r), human_seconds(r.seconds)] for r in ordered],
+    )  # fmt: skip
+
+
+def _depth(row: Measurement) -> int:
+    return int(number(row.op, "depth") or 1)
