@@ -56,7 +56,7 @@ class Maker:
         fastest = ideal_s * float(self.random.lognormal(0.02, 0.03))
         width = spread * float(self.random.lognormal(0, 0.6))
         return Measurement(
-            domain, kind, values, route + self.texts, self.threads, "cpu",
+            domain, kind, values, route if route == "default" else route + self.texts, self.threads, "cpu",
             clock="thread_cpu" if domain in ("compute", "memory") else "wall", runs=20, calls=12,
             min_s=fastest, median_s=fastest * (1 + width / 2), p90_s=fastest * (1 + width),
             wall_s=fastest * (1 + width), waited=float(self.random.uniform(0, 0.05)),

@@ -143,17 +143,18 @@ def _machine(path: Path, verify: bool) -> dict[str, Any]:
         "name": profile.name, "provenance": profile.provenance, "date": profile.date, "schema": profile.schema,
         "written_by": profile.written_by, "fingerprint": profile.fingerprint,
         "peaks": _peaks(profile),
-        "on_paper": {device.name: dict(device.flops_per_s) for device in profile.devices if device.flops_per_s},
+        "on_paper": [{"device": device.name, "dtype": dtype, "flops_per_s": rate}
+                     for device in profile.devices for dtype, rate in device.flops_per_s.items()],
         "memory_bytes_per_s": memory, "cache_bytes_per_s": caches,
         "links": [{"name": link.name, "bytes_per_s": link.bytes_per_s, "latency_s": link.latency_s}
                   for link in profile.links],
         "storage": [{"name": s.name, "read_bytes_per_s": s.read_bytes_per_s, "random_reads_per_s": s.random_reads_per_s}
                     for s in profile.storage],
+        "quality": dict(profile.quality), "uncertain": list(profile.uncertain),
         "rows": dict(Counter(row.kind for row in profile.rows).most_common()),
         "without_times": dict(Counter(row.kind for row in profile.rows if not row.works).most_common()),
         "routes": len({row.route for row in profile.rows}) or None, "curves": len(profile.curves) or None,
-        "quality": dict(profile.quality), "left_out": list(profile.left_out), "uncertain": list(profile.uncertain),
-        "software": dict(profile.software), "verified": verify or None,
+        "software": dict(profile.software), "left_out": list(profile.left_out), "verified": verify or None,
     }  # fmt: skip
 
 
@@ -222,6 +223,8 @@ def _one_line(item: Any) -> str:
 def _readable(name: str, value: Any) -> str:
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         return _one_line(value)
+    if name.endswith(("flops_per_s", "bytes_per_s")):
+        return human(value, "FLOP/s" if "flops" in name else "B/s")
     if name.endswith("bytes"):
         return human_bytes(value)
     if name.endswith("_s") and not name.endswith("per_s"):
