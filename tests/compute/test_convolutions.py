@@ -41,7 +41,7 @@ def expected(op: Conv2d, *, seed: int = 0) -> tuple[tuple[Tensor, ...], Tensor]:
     return {
         "forward": ((x, weight), y.detach()),
         "input_gradient": ((grad, weight), to_x),
-        "weight_gradient": ((grad, x), to_weight),
+        "weight_gradient": ((x, grad), to_weight),
     }[op.direction]
 
 

@@ -9,7 +9,7 @@
 - `fft`: products of spectra over the whole image; its cost does not grow with the kernel.
 
 Inputs are those of `kernels.inputs`: forward (x [B, C, H, W], weight [O, C / groups, h, w]), gradient of the input
-(grad [B, O, H', W'], weight), gradient of the weight (grad, x). Conv1d is Conv2d of height 1.
+(grad [B, O, H', W'], weight), gradient of the weight (x, grad). Conv1d is Conv2d of height 1.
 """
 
 from __future__ import annotations
@@ -104,7 +104,7 @@ def _im2col(op: Conv2d) -> Function:
         ]  # fmt: skip
         return torch.cat(parts)
 
-    def weight_gradient(grad: Tensor, x: Tensor) -> Tensor:
+    def weight_gradient(x: Tensor, grad: Tensor) -> Tensor:
         total: Tensor | None = None
         for part, images_x in zip(grad.split(images), x.split(images)):
             rows = part.flatten(2).unflatten(1, (op.groups, -1))
@@ -140,7 +140,7 @@ def _pointwise(op: Conv2d) -> Function:
     return {
         "forward": lambda x, weight: images(F.linear(rows(x), weight.flatten(1))),
         "input_gradient": lambda grad, weight: images(rows(grad) @ weight.flatten(1)),
-        "weight_gradient": lambda grad, x: (rows(grad).t() @ rows(x))[:, :, None, None],
+        "weight_gradient": lambda x, grad: (rows(grad).t() @ rows(x))[:, :, None, None],
     }[op.direction]
 
 
@@ -197,7 +197,7 @@ def _winograd(m: int) -> Callable[[Conv2d], Function]:
         y = y.permute(3, 2, 4, 0, 5, 1).reshape(batch, out, down * m, across * m)
         return y[:, :, :height, :width]
 
-    def weight_gradient(grad: Tensor, x: Tensor, pad_h: int, pad_w: int) -> Tensor:
+    def weight_gradient(x: Tensor, grad: Tensor, pad_h: int, pad_w: int) -> Tensor:
         inputs, down, across = tiles(x, pad_h, pad_w)
         batch, out, height, width = grad.shape
         grad = F.pad(grad, (0, across * m - width, 0, down * m - height))
@@ -212,7 +212,7 @@ def _winograd(m: int) -> Callable[[Conv2d], Function]:
         if op.direction == "forward":
             return lambda x, weight: convolve(x, weight, pad_h, pad_w)
         if op.direction == "weight_gradient":
-            return lambda grad, x: weight_gradient(grad, x, pad_h, pad_w)
+            return lambda x, grad: weight_gradient(x, grad, pad_h, pad_w)
         return lambda grad, weight: convolve(grad, weight.flip(2, 3).transpose(0, 1), 2 - pad_h, 2 - pad_w)
 
     return make
@@ -291,7 +291,7 @@ def _fft(op: Conv2d) -> Function:
         x = image(torch.bmm(spectrum(spread(grad)), spectrum(weight)))
         return x[:, :, op.pad_h : op.pad_h + op.height, op.pad_w : op.pad_w + op.width].contiguous()
 
-    def weight_gradient(grad: Tensor, x: Tensor) -> Tensor:
+    def weight_gradient(x: Tensor, grad: Tensor) -> Tensor:
         gradient = image(torch.bmm(spectrum(spread(grad)).conj().transpose(1, 2), spectrum(_padded(x, op))))
         return gradient[:, :, : op.kernel_h, : op.kernel_w].contiguous()
 
