@@ -19,15 +19,15 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from turbopump.compute import kernels_dense
+from turbopump.compute import kernels_dense, kernels_moving
+from turbopump.compute.operands import Values
 from turbopump.compute.ops import OPS
-from turbopump.compute.realistic import Values
 from turbopump.core.errors import UsageError
 from turbopump.core.workload import Op
 
 Outputs = Tensor | tuple[Tensor, ...]
 Function = Callable[..., Outputs]
-KERNELS = {**kernels_dense.KERNELS}
+KERNELS = {**kernels_dense.KERNELS, **kernels_moving.KERNELS}
 
 
 @dataclass(frozen=True)
