@@ -44,6 +44,8 @@ class Route:
     setting: Callable[[], AbstractContextManager[object]] = nullcontext
     """Global switches that hold while the route prepares and computes; they are put back."""
     library: str = ""
+    first_s: float = 0.0
+    """About what the first use of an operation costs beyond its calls, e.g. the seconds of a compiler."""
 
     def ready(self, op: Op, inputs: tuple[Tensor, ...]) -> Callable[[], Outputs]:
         """A call without arguments that computes `op`: what is timed. To be made and called within `setting`."""
