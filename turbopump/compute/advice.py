@@ -48,6 +48,8 @@ CHANGES: Mapping[str, Change] = {
     "cudnn.benchmark=true": Change("cuDNN by trial", "torch.backends.cudnn.benchmark = True"),
     "cudnn.enabled=false": Change("without cuDNN", "torch.backends.cudnn.enabled = False"),
     "inductor": Change("compiled by inductor", "torch.compile(model)"),
+    "optimizer.foreach": Change("optimizer over all tensors", "torch.optim...(foreach=True, fused=False)"),
+    "optimizer.single_tensor": Change("optimizer tensor by tensor", "torch.optim...(foreach=False, fused=False)"),
 }
 """By route; routes without an entry are algorithms to be called in place of PyTorch's (see `change_of`)."""
 
@@ -132,7 +134,7 @@ class AdvisedChange:
     def basis(self) -> str:
         """`measured`, or how many of the operations are judged by the nearest shapes."""
         near = sum(e.basis == "nearest" for e in self.effects)
-        return "measured" if not near else f"{len(self.effects) - near} measured, {near} near"
+        return "measured" if not near else f"{len(self.effects) - near} rows, {near} near"
 
 
 @dataclass(frozen=True)
@@ -315,14 +317,14 @@ def _known(advice: Advice, recipe: str) -> str:
 
 
 def _table(title: str, changes: Iterable[AdvisedChange]) -> list[str]:
-    lines = [f"{title:<34}{'saves':>10}  {'of the step':<23}{'helps/hurts':<13}{'error':<9}rests on", "-" * WIDTH]
+    lines = [f"{title:<29}{'saves':>9}  {'of the step':<24}{'ops +/-':<9}{'error':<7}rests on", "-" * WIDTH]
     for c in changes:
         low, high = (s / c.step_s for s in c.band_s)
         band = f"{c.share:.1%} ({low:.1%} to {high:.1%})"
         error = f"{c.error:.0e}" if c.error is not None else ""
-        touched = f"{c.helped} / {c.hurt}"
+        touched = f"{c.helped}/{c.hurt}"
         lines.append(
-            f"{c.change.name[:33]:<34}{human_seconds(c.saved_s):>10}  {band:<23}{touched:<13}{error:<9}{c.basis}"
+            f"{c.change.name[:28]:<29}{human_seconds(c.saved_s):>9}  {band:<24}{touched:<9}{error:<7}{c.basis}"
         )
         lines.append(f"    {c.change.how}")
     return lines
