@@ -1,4 +1,4 @@
-"""Changes a user can make, from rows made by hand: weighed over the whole step, told apart by what they do to results."""
+"""Changes a user can make, from rows made by hand: weighed over the whole step, told apart by what they do."""
 
 from dataclasses import replace
 
