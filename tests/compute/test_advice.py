@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 
 from turbopump.compute.advice import advise, change_of, format_advice
-from turbopump.compute.ops import Conv2d, Gemm, Norm, OptimizerStep
+from turbopump.compute.ops import Attention, Conv2d, Gemm, Norm, OptimizerStep
 from turbopump.core.workload import Block, Workload
 from turbopump.hardware.profile import SCHEMA, MachineProfile, Measurement, Trial
 from turbopump.hardware.timing import Timing
@@ -101,6 +101,15 @@ def test_the_table_fits_and_is_in_order():
     assert max(map(len, text.splitlines())) <= 100
     assert text.index("products by oneDNN") < text.index("route 0") and "ops +/-" in text
     assert "torch.backends.mkldnn.matmul.fp32_precision" in text
+
+
+def test_a_models_own_kernels_are_left_out():
+    attention = Attention(1, 2, 2, 64, 64, 32, True, "fp32")
+    rows = (row(BIG), row(BIG, ONEDNN, 0.6e-3), row(attention), row(attention, ONEDNN, 3e-3), row(STEP))
+    advice = advise(profile(*rows), workload(BIG, attention), threads=1)
+    assert advice.changes[0].pays and advice.untouched == ("Attention",) and advice.step_s == pytest.approx(3e-3)
+    assert "left as it is, by the model's own kernel: Attention" in format_advice(advice)
+    assert not advise(profile(*rows), workload(BIG, attention), threads=1, own_kernels=()).changes[0].pays
 
 
 def test_every_route_has_a_change():

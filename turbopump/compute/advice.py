@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
@@ -52,6 +52,11 @@ CHANGES: Mapping[str, Change] = {
     "optimizer.single_tensor": Change("optimizer tensor by tensor", "torch.optim...(foreach=False, fused=False)"),
 }
 """By route; routes without an entry are algorithms to be called in place of PyTorch's (see `change_of`)."""
+
+OWN_KERNELS: Mapping[str, frozenset[str]] = {"cpu": frozenset({"Attention"})}
+"""Operations that the models compute by kernels of their own (models/transformer/fused.py), by device: what a switch
+does to PyTorch's kernel says nothing of them. oneDNN's products make PyTorch's attention 1.4 to 1.6 times as slow in
+fp32 (AMD EPYC, Zen 4), and the transformer's blocks not."""
 
 PRECISIONS: Mapping[str, Change] = {
     "bf16": Change("bf16 products", 'precision.compute = "bf16" (torch.autocast)'),
@@ -153,6 +158,8 @@ class Advice:
     """The best route of every operation, with its repetitions."""
     missing: tuple[str, ...]
     """Operations of which nothing is known."""
+    untouched: tuple[str, ...]
+    """Kinds that the model computes by kernels of its own: no change is credited with them, or charged."""
     together: tuple[AdvisedChange, ...]
     """The exact changes to be made together; each with the operations it still changes after those before it."""
 
@@ -176,8 +183,16 @@ class Advice:
         return sum(choice.basis == "nearest" for choice, _ in self.choices)
 
 
-def advise(profile: MachineProfile, workload: Workload, *, threads: int, device: str = "cpu") -> Advice:
-    """The changes that should make a step of `workload` faster, from the profile's rows on `threads` threads."""
+def advise(
+    profile: MachineProfile, workload: Workload, *, threads: int, device: str = "cpu",
+    own_kernels: Collection[str] | None = None,
+) -> Advice:  # fmt: skip
+    """The changes that should make a step of `workload` faster, from the profile's rows on `threads` threads.
+
+    `own_kernels` are the kinds of operations that the model does not compute by PyTorch's functions; without it those
+    of Turbopump's models (`OWN_KERNELS`).
+    """
+    own = frozenset(OWN_KERNELS.get(device, ()) if own_kernels is None else own_kernels)
     counts: Counter[Op] = Counter()
     for op, count in workload.ops():
         counts[op] += count
@@ -186,7 +201,7 @@ def advise(profile: MachineProfile, workload: Workload, *, threads: int, device:
     step_s = sum(n * known[op][DEFAULT].seconds for op, n in counts.items() if known[op])
     changes = sorted(
         (
-            *_routes(counts, known, step_s),
+            *_routes({op: n for op, n in counts.items() if type(op).__name__ not in own}, known, step_s),
             *_precisions(profile, counts, known, threads, device, step_s),
             *_threads(profile, counts, threads, device, step_s),
         ),
@@ -197,6 +212,7 @@ def advise(profile: MachineProfile, workload: Workload, *, threads: int, device:
         changes=tuple(changes),
         choices=tuple((best_route(profile, op, threads=threads, device=device), n) for op, n in counts.items()),
         missing=tuple(op.key for op in counts if not known[op]),
+        untouched=tuple(sorted({type(op).__name__ for op in counts} & own)),
         together=_together(changes),
     )  # fmt: skip
 
@@ -301,6 +317,8 @@ def format_advice(advice: Advice, recipe: str = "RECIPE") -> str:
                   f"({low:.1%} to {high:.1%}), {advice.gain:.2f} times as fast"]  # fmt: skip
     if other := [c for c in advice.changes if not c.exact and c.pays]:
         lines += ["", *_table("other precision: results change", other)]
+    if advice.untouched:
+        lines += ["", f"left as it is, by the model's own kernel: {', '.join(advice.untouched)}"]
     if rest := [c for c in advice.changes if not c.pays]:
         lines += ["", "no gain over the step: " + ", ".join(f"{c.change.name} ({c.share:+.1%})" for c in rest)]
     return "\n".join(part for line in "\n".join(lines).splitlines() for part in _folded(line))
