@@ -17,7 +17,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from turbopump.compute import kernels, switches
+from turbopump.compute import compiled, convolutions, kernels, switches, transforms
 from turbopump.compute.kernels import Route
 from turbopump.compute.ops import Attention, Conv1d, Conv2d
 from turbopump.core.workload import Op
@@ -25,7 +25,7 @@ from turbopump.core.workload import Op
 MAX_ERROR = {"fp64": 1e-12, "fp32": 3e-6, "tf32": 2e-3, "bf16": 2e-2, "fp16": 3e-3, "fp8": 2e-2, "int8": 0.0}
 """Largest relative error with which a route counts as exact for its dtype (inputs are already rounded to it)."""
 
-PLUGGED: tuple[Route, ...] = ()
+PLUGGED: tuple[Route, ...] = (*convolutions.ROUTES, *transforms.ROUTES, *compiled.ROUTES)
 """Algorithms of our own and compilers: each module's `ROUTES`."""
 
 
