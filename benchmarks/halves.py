@@ -19,6 +19,7 @@ import numpy as np
 import numpy.typing as npt
 
 from benchmarks.published import Device, RnnPart
+from turbopump.compute import efficiency
 from turbopump.compute.cost import ComputeCost
 from turbopump.compute.features import Case, Columns
 from turbopump.compute.ops import OPS
@@ -127,32 +128,36 @@ def _twin(row: Measurement) -> str:
 
 
 def _lent(known: Sequence[Measurement], asked: Sequence[Measurement], others: Sequence[Mapping[str, float]]) -> Array:
-    """Seconds of `asked`: a weighted mean of the others' logarithms (ridge), and a regression on what is left."""
-    own = np.log([row.seconds for row in known])
+    """Seconds of `asked`: the device's own formula, a weighted mean (ridge) of how far the others are from it, and a
+    regression on what is left. A device that did not measure an operation counts as average there."""
+    cases, asked_cases = [Case.of_row(row) for row in known], [Case.of_row(row) for row in asked]
+    times_s = np.array([row.seconds for row in known])
+    peak, bandwidth = max(row.flops_per_s for row in known), max(row.bytes_per_s for row in known)
+    parameters = efficiency.fit(cases, times_s, peak, bandwidth)
 
-    def lent(rows: Sequence[Measurement]) -> Array:
+    def apart(rows: Sequence[Measurement], trend: Array) -> Array:
         table = np.array([[other.get(_twin(row), np.nan) for other in others] for row in rows])
-        centre = np.nanmean(table, axis=1, keepdims=True)  # a device that did not measure it: as the others did
-        return np.where(np.isnan(table), centre, table)
+        return np.asarray(table - trend[:, None])
 
-    x = lent(known)
-    middle, own_middle = x.mean(axis=0), own.mean()
-    centred = x - middle
-    ridge = 0.1 * len(known) * np.eye(len(others))
+    trend = np.log(efficiency.seconds(parameters, cases, peak, bandwidth))
+    asked_trend = np.log(efficiency.seconds(parameters, asked_cases, peak, bandwidth))
+    x = apart(known, trend)
+    middle = np.nanmean(x, axis=0)
+    x, asked_x = (np.nan_to_num(table - middle, nan=0.0) for table in (x, apart(asked, asked_trend)))
+    left = np.log(times_s) - trend
     pull = np.full(len(others), 1.0 / len(others))
-    weights = pull + np.linalg.solve(centred.T @ centred + ridge, centred.T @ (own - own_middle - centred @ pull))
-    trend = own_middle + (lent(asked) - middle) @ weights
-    cases = [Case.of_row(row) for row in known]
+    ridge = 0.01 * len(known) * np.eye(len(others))
+    weights = pull + np.linalg.solve(x.T @ x + ridge, x.T @ (left - left.mean() - x @ pull))
     columns = Columns(cases)
-    regression = Regression(columns(cases), own - own_middle - centred @ weights, width=1.0)
-    left, _ = regression(columns([Case.of_row(row) for row in asked]))
-    return np.asarray(np.exp(trend + left))
+    regression = Regression(columns(cases), left - x @ weights, width=1.0)
+    rest, _ = regression(columns(asked_cases))
+    return np.asarray(np.exp(asked_trend + asked_x @ weights + rest))
 
 
 def noise_bound(rows: Sequence[Measurement], kind: str) -> tuple[float, int]:
     """Median error of taking a sibling's time (the same but for the batch, in the ratio of FLOPs), and how many.
 
-    Of all siblings the nearest in size. What stays is the choice of kernels: no shape says it.
+    Of all siblings the nearest in size: what one knows without a model, with all rows in hand.
     """
     sibling: dict[str, list[Measurement]] = defaultdict(list)
     name = {"Gemm": "n", "Conv2d": "batch", "RnnPart": "batch"}[kind]

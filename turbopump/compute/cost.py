@@ -20,9 +20,11 @@ import numpy.typing as npt
 from turbopump.compute import efficiency
 from turbopump.compute.features import Case, Columns
 from turbopump.compute.regression import Regression
-from turbopump.core.errors import ProfileError
+from turbopump.core.errors import CatalogError, ProfileError
 from turbopump.core.workload import Op
+from turbopump.hardware import accelerators
 from turbopump.hardware.profile import Curve, MachineProfile, Measurement, Prediction
+from turbopump.hardware.specs import DeviceSpec
 
 Array = npt.NDArray[np.float64]
 DOMAINS = ("compute", "memory", "host")
@@ -34,7 +36,10 @@ ROOFLINE_BAND = log(4.0)
 TYPICAL_SHARE = 0.5  # of a data sheet's peak: DeepBench's shapes reach 0.3-0.9 of it
 TYPICAL_LAUNCH_S = 5e-6  # of a kernel on a GPU, where nothing was measured
 BAND_OF_MEDIAN_ERROR = 1.9  # half-width that holds 80 % over the one that holds 50 %, of a normal distribution
-RELATED = {"BatchedGemm": "Gemm", "Attention": "Gemm", "Conv1d": "Conv2d"}
+RELATED = {
+    "BatchedGemm": "Gemm", "Attention": "Gemm", "Conv1d": "Conv2d", "CrossEntropy": "Norm", "Embedding": "Elementwise",
+    "OptimizerStep": "Elementwise",
+}  # fmt: skip
 """Whose curve serves where a kind has none of its own."""
 
 
@@ -206,7 +211,7 @@ class ComputeCost:
             return None
         seconds = efficiency.seconds(curve.parameters, [case], peak or inf, self._spec.memory_bytes_per_s or inf)
         strangers = (curve.kind != case.kind) + (curve.dtype != dtype)
-        return _Guess(log(max(float(seconds[0]), 1e-9)), _half_width(curve) + strangers * FEW_ROWS_BAND / 2)
+        return _Guess(log(max(float(seconds[0]), 1e-9)), _half_width(curve, self._spec) + strangers * FEW_ROWS_BAND / 2)
 
     def _from_roofline(self, case: Case) -> _Guess:
         """The best rates, measured or of the data sheet, and what operations of other kinds usually lose of them."""
@@ -240,9 +245,20 @@ class ComputeCost:
         return losses
 
 
-def _half_width(curve: Curve) -> float:
-    """Of the 80 % band, from the median error."""
-    return BAND_OF_MEDIAN_ERROR * log(1.0 + curve.error) if curve.error is not None else ROOFLINE_BAND
+def _half_width(curve: Curve, spec: DeviceSpec) -> float:
+    """Of the 80 % band, from the median error: on the device that was fitted, or on those that borrow from it."""
+    error = curve.error
+    if _name_of(curve.relative) != spec.name and error is not None:
+        error = max(error, curve.parameters.get("borrowed_error", 2.0 * error))
+    return BAND_OF_MEDIAN_ERROR * log(1.0 + error) if error is not None else ROOFLINE_BAND
+
+
+def _name_of(relative: str) -> str:
+    """The catalog's full name; as written where the catalog does not hold it."""
+    try:
+        return accelerators.device(relative).name
+    except CatalogError:
+        return relative
 
 
 def _rows(profile: MachineProfile, threads: int, device: str) -> list[Measurement]:
