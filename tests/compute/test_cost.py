@@ -146,7 +146,7 @@ def test_other_threads_and_devices_are_refused_with_what_there_is():
 
 
 def test_a_dtype_of_which_nothing_is_known_is_refused(cliffs):
-    with pytest.raises(ProfileError, match="nothing is known of fp8 on this device .known: fp32."):
+    with pytest.raises(ProfileError, match="nothing is known of fp8 on this device"):
         cliffs.predict(Gemm(64, 64, 64, "fp8"))
 
 
