@@ -19,15 +19,15 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from turbopump.compute import kernels_dense
+from turbopump.compute import kernels_dense, kernels_moving
+from turbopump.compute.operands import Values
 from turbopump.compute.ops import OPS
-from turbopump.compute.realistic import Values
 from turbopump.core.errors import UsageError
 from turbopump.core.workload import Op
 
 Outputs = Tensor | tuple[Tensor, ...]
 Function = Callable[..., Outputs]
-KERNELS = {**kernels_dense.KERNELS}
+KERNELS = {**kernels_dense.KERNELS, **kernels_moving.KERNELS}
 
 
 @dataclass(frozen=True)
@@ -44,6 +44,8 @@ class Route:
     setting: Callable[[], AbstractContextManager[object]] = nullcontext
     """Global switches that hold while the route prepares and computes; they are put back."""
     library: str = ""
+    first_s: float = 0.0
+    """About what the first use of an operation costs beyond its calls, e.g. the seconds of a compiler."""
 
     def ready(self, op: Op, inputs: tuple[Tensor, ...]) -> Callable[[], Outputs]:
         """A call without arguments that computes `op`: what is timed. To be made and called within `setting`."""

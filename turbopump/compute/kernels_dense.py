@@ -13,7 +13,6 @@ Inputs of each, in this order (a backward appends the gradient of the output; pr
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
@@ -21,22 +20,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from turbopump.compute.operands import Kernel, Tensors, Values
 from turbopump.compute.ops import RNN_GATES, Attention, BatchedGemm, Conv1d, Conv2d, Fft, Gemm, Rnn
-from turbopump.compute.realistic import Values
 from turbopump.core.workload import Op
 
-Tensors = tuple[Tensor, ...]
 SCALE = {"fp8": 1 / 16}  # as a tensor-wise scale would be
-
-
-@dataclass(frozen=True)
-class Kernel:
-    """How operations of one class are computed by PyTorch's defaults."""
-
-    inputs: Callable[[Any, Values], Tensors]
-    forward: Callable[[Any], Callable[..., Tensor | Tensors]]
-    wanted: Callable[[Any], tuple[int, ...]] = lambda op: ()
-    """Which inputs of the forward the backward gives gradients of."""
 
 
 def _gemm_inputs(op: Gemm, values: Values) -> Tensors:

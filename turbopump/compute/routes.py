@@ -1,26 +1,25 @@
 """Every way this build of PyTorch offers to compute an operation, and how exact each is.
 
 `routes(op, device)` begins with `default`, what PyTorch does untouched (with fp32 meant as fp32). The others are
-switches of the libraries below it, layouts, and the algorithms that the modules in `PLUGGED` bring. A route is not
+those of `switches.py`, and the algorithms that the modules in `PLUGGED` bring. A route is not
 trusted because of its name: `error` compares it with fp64 on the same inputs. oneDNN's `fp32_precision = "bf16"` is
-exact fp32 on CPUs without AMX (and 2.2 times as fast as MKL on AMD EPYC, Zen 4), and true bf16 on those with it.
+exact fp32 on CPUs without AMX (1.1 times as fast as MKL on AMD EPYC of Zen 4, 2.2 times on Zen 5), and true bf16 on
+those with it.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import fields, replace
-from functools import cache, partial
-from typing import Any
+from functools import partial
 
 import torch
 from torch import Tensor
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from turbopump.compute import kernels
+from turbopump.compute import kernels, switches
 from turbopump.compute.kernels import Route
-from turbopump.compute.ops import Attention, BatchedGemm, Conv1d, Conv2d, Gemm, Rnn
+from turbopump.compute.ops import Attention, Conv1d, Conv2d
 from turbopump.core.workload import Op
 
 MAX_ERROR = {"fp64": 1e-12, "fp32": 3e-6, "tf32": 2e-3, "bf16": 2e-2, "fp16": 3e-3, "fp8": 2e-2, "int8": 0.0}
@@ -32,8 +31,17 @@ PLUGGED: tuple[Route, ...] = ()
 
 def routes(op: Op, device: str) -> list[Route]:
     """The routes that exist for `op` on `device` ("cpu", "cuda"), `default` first."""
-    found = [r for r in (*_switches(torch.device(device).type), *PLUGGED) if not r.problem(op, device)]
-    return [default_route(op), *(replace(r, setting=partial(_both, op, r.setting)) for r in found)]
+    return built_in(op, device) + _existing(PLUGGED, op, device)
+
+
+def built_in(op: Op, device: str) -> list[Route]:
+    """Those that PyTorch has built in, which cost nothing to try (a compiler takes seconds)."""
+    return [default_route(op), *_existing(switches.built_in(torch.device(device).type), op, device)]
+
+
+def _existing(candidates: tuple[Route, ...], op: Op, device: str) -> list[Route]:
+    """Those that compute `op`, each with what every route begins with: fp32 meant as fp32."""
+    return [replace(r, setting=partial(_both, op, r.setting)) for r in candidates if not r.problem(op, device)]
 
 
 def default_route(op: Op) -> Route:
@@ -52,147 +60,15 @@ def _no_tf32_on_cpu(op: Op, device: str) -> str:
     return ""
 
 
-@contextmanager
-def _as_meant(op: Op) -> Iterator[None]:
+def _as_meant(op: Op) -> AbstractContextManager[None]:
     """fp32 products in the precision that the dtype's name says."""
-    precision = "tf32" if getattr(op, "dtype", "") == "tf32" else "ieee"
-    onednn: Any = torch.backends.mkldnn  # `matmul` and the others are set on it while torch is imported
-    backends = [onednn.matmul, onednn.conv, onednn.rnn] if torch.backends.mkldnn.is_available() else []
-    if torch.cuda.is_available():
-        backends += [torch.backends.cuda.matmul, torch.backends.cudnn.conv, torch.backends.cudnn.rnn]  # type: ignore[attr-defined]
-    with ExitStack() as stack:
-        for backend in backends:
-            stack.enter_context(_attribute(backend, "fp32_precision", precision))
-        yield
+    return switches.fp32_as("tf32" if getattr(op, "dtype", "") == "tf32" else "ieee")
 
 
 @contextmanager
 def _both(op: Op, setting: Callable[[], AbstractContextManager[object]]) -> Iterator[None]:
     with _as_meant(op), setting():
         yield
-
-
-@contextmanager
-def _attribute(owner: Any, name: str, value: Any) -> Iterator[None]:
-    before = getattr(owner, name)
-    setattr(owner, name, value)
-    try:
-        yield
-    finally:
-        setattr(owner, name, before)
-
-
-def _switched(
-    name: str,
-    setting: Callable[[], AbstractContextManager[object]],
-    exists: Callable[[Any], bool],
-    library: str = "",
-) -> Route:
-    """PyTorch's own function under a switch, for operations of which `exists` is true."""
-    return Route(
-        name, kernels.function, lambda op, device: "" if exists(op) else f"not for {op.key}", kernels.prepare, setting,
-        library,
-    )  # fmt: skip
-
-
-@cache
-def _switches(device: str) -> tuple[Route, ...]:
-    if device == "cuda":
-        return _cuda_routes()
-    return _onednn_routes() if torch.backends.mkldnn.is_available() else ()
-
-
-def _onednn_routes() -> tuple[Route, ...]:
-    onednn: Any = torch.backends.mkldnn
-    products = (Gemm, BatchedGemm, Rnn, Attention)
-
-    def through_bf16(op: Op) -> bool:
-        return isinstance(op, products) and op.dtype == "fp32" and not (isinstance(op, Rnn) and op.kind == "lstm")
-
-    def by_onednn(op: Op) -> bool:
-        """What PyTorch gives to oneDNN by itself; all else is its own kernels or MKL already."""
-        if isinstance(op, Conv1d | Conv2d) or (isinstance(op, Rnn) and op.kind == "lstm"):
-            return op.dtype in ("fp32", "bf16")
-        return isinstance(op, Gemm | BatchedGemm) and op.dtype == "bf16"
-
-    return (
-        _switched("mkldnn.matmul.fp32_precision=bf16", lambda: _attribute(onednn.matmul, "fp32_precision", "bf16"),
-                  through_bf16, "oneDNN"),
-        _switched("mkldnn.enabled=false", _without_onednn, by_onednn),
-        Route("mkldnn._linear_pointwise", _linear_pointwise, _pointwise_problem, library="oneDNN"),
-        _channels_last("channels_last"),
-        _switched("sdpa=math", lambda: sdpa_kernel(SDPBackend.MATH), lambda op: isinstance(op, Attention)),
-        _switched("sdpa=flash", lambda: sdpa_kernel(SDPBackend.FLASH_ATTENTION), lambda op: isinstance(op, Attention)),
-    )  # fmt: skip
-
-
-@contextmanager
-def _without_onednn() -> Iterator[None]:
-    before = torch._C._get_mkldnn_enabled()
-    torch._C._set_mkldnn_enabled(False)  # `torch.backends.mkldnn.flags` sets more, and warns of TF32
-    try:
-        yield
-    finally:
-        torch._C._set_mkldnn_enabled(before)
-
-
-def _linear_pointwise(op: Op) -> Callable[..., Tensor]:
-    return lambda a, b: torch.ops.mkldnn._linear_pointwise(a, b.t(), None, "none", [], "")
-
-
-def _pointwise_problem(op: Op, device: str) -> str:
-    if isinstance(op, Gemm) and op.layout == "nt" and op.dtype in ("fp32", "bf16", "fp16"):
-        return ""
-    return "oneDNN's fused linear layer multiplies by a weight [n, k] in fp32, bf16 or fp16"
-
-
-def _channels_last(name: str) -> Route:
-    def prepare(op: Op, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        return tuple(x.contiguous(memory_format=torch.channels_last) for x in inputs)
-
-    return Route(
-        name, kernels.function, lambda op, device: "" if isinstance(op, Conv2d) else "for images only", prepare
-    )
-
-
-def _cuda_routes() -> tuple[Route, ...]:
-    """cuBLAS or cuBLASLt; cuDNN with its own heuristic, by trial, or not at all; the kernels of attention."""
-
-    def product(op: Op) -> bool:
-        return isinstance(op, Gemm | BatchedGemm) and op.dtype in ("fp32", "tf32", "bf16", "fp16", "fp64")
-
-    def convolution(op: Op) -> bool:
-        return isinstance(op, Conv1d | Conv2d)
-
-    def half(op: Op) -> bool:
-        return isinstance(op, Attention) and op.dtype in ("bf16", "fp16")
-
-    def attention(op: Op) -> bool:
-        return isinstance(op, Attention)
-
-    return (
-        _switched("cublas", lambda: _blas_library("cublas"), product, "cuBLAS"),
-        _switched("cublaslt", lambda: _blas_library("cublaslt"), product, "cuBLASLt"),
-        _switched("cudnn.benchmark=true", lambda: torch.backends.cudnn.flags(enabled=True, benchmark=True), convolution,
-                  "cuDNN"),
-        _switched("cudnn.enabled=false", lambda: torch.backends.cudnn.flags(enabled=False),
-                  lambda op: isinstance(op, Conv1d | Conv2d | Rnn)),
-        _channels_last("channels_last"),
-        _switched("sdpa=math", lambda: sdpa_kernel(SDPBackend.MATH), attention),
-        _switched("sdpa=efficient", lambda: sdpa_kernel(SDPBackend.EFFICIENT_ATTENTION), attention),
-        _switched("sdpa=flash", lambda: sdpa_kernel(SDPBackend.FLASH_ATTENTION), half),
-        _switched("sdpa=cudnn", lambda: sdpa_kernel(SDPBackend.CUDNN_ATTENTION), half, "cuDNN"),
-    )  # fmt: skip
-
-
-@contextmanager
-def _blas_library(name: str) -> Iterator[None]:
-    before = torch.backends.cuda.preferred_blas_library()
-    torch.backends.cuda.preferred_blas_library(name)
-    try:
-        yield
-    finally:
-        torch.backends.cuda.preferred_blas_library(before)
 
 
 REDUCED = {
@@ -204,22 +80,20 @@ REDUCED = {
 """Largest sizes at which a route is compared with fp64: same kernels, in milliseconds."""
 
 
-def reduced(op: Op) -> Op:
-    """An operation of the same family (kind, dtype, layout, kernel, stride, direction) that is quickly computed."""
+def reduced(op: Op, scale: int = 1) -> Op:
+    """An operation of the same family (kind, dtype, layout, kernel, stride, direction) with sizes of `REDUCED` at most,
+    `scale` times: at 1 it takes milliseconds in any dtype."""
     sizes = {f.name: getattr(op, f.name) for f in fields(op)}
-    small = {name: min(value, REDUCED.get(name, value)) for name, value in sizes.items() if type(value) is int}
+    small = {name: min(value, scale * REDUCED.get(name, value)) for name, value in sizes.items() if type(value) is int}
     if isinstance(op, Attention):
         small["kv_heads"] = 1 if op.kv_heads < op.heads else small["heads"]
-        small["q_len"] = min(op.q_len, op.kv_len, 64) if op.q_len != op.kv_len else small["q_len"]
-    if isinstance(op, Conv1d | Conv2d):
+    if isinstance(op, Conv1d | Conv2d) and op.groups > 1:
         small["in_channels"], small["out_channels"] = op.in_channels, op.out_channels
-        if op.groups == 1:
-            small["in_channels"], small["out_channels"] = min(op.in_channels, 32), min(op.out_channels, 32)
     if isinstance(op, Conv1d):
-        small["length"] = max(small["length"], min(op.length, op.kernel + 8 * op.stride))
+        small["length"] = min(op.length, max(small["length"], op.kernel + 8 * op.stride))
     if isinstance(op, Conv2d):
-        small["height"] = max(small["height"], min(op.height, op.kernel_h + 4 * op.stride_h))
-        small["width"] = max(small["width"], min(op.width, op.kernel_w + 4 * op.stride_w))
+        small["height"] = min(op.height, max(small["height"], op.kernel_h + 4 * op.stride_h))
+        small["width"] = min(op.width, max(small["width"], op.kernel_w + 4 * op.stride_w))
     return replace(op, **small)
 
 
