@@ -19,7 +19,6 @@ import gc
 import json
 import os
 import platform
-import re
 import subprocess
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -30,6 +29,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
+
+from turbopump.hardware.detect import cpu_name, machine_name
 
 RESULTS = Path(__file__).parent / "results"
 
@@ -158,19 +159,13 @@ def machine() -> dict[str, Any]:
     """What decides a figure of this machine; nothing that names it or its owner."""
     packages = ("turbopump", "torch", "numpy", "safetensors", "pyarrow")
     return {
-        "cpu": _cpu_model(),
+        "cpu": cpu_name(),
         "cores": len(os.sched_getaffinity(0)),
         "memory_bytes": os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"),
         "system": f"{platform.system()} {platform.machine()}",
         "python": platform.python_version(),
         "packages": {name: found for name in packages if (found := _version(name))},
     }
-
-
-def machine_name() -> str:
-    """Short name of the kind of machine for file names: CPU model and cores, e.g. `amd-epyc-7b13-2c`."""
-    words = re.sub(r"\(r\)|\(tm\)|@.*|\bcpu\b|\bprocessor\b|\d+-core", " ", _cpu_model().lower())
-    return f"{re.sub(r'[^a-z0-9]+', '-', words).strip('-')[:40] or 'cpu'}-{len(os.sched_getaffinity(0))}c"
 
 
 def write_results(name: str, rows: Sequence[Row], *, quick: bool = False, directory: Path = RESULTS) -> Path:
@@ -234,14 +229,6 @@ def main(
     rows = measure(quick)
     print_table(rows)
     print(f"written to {write_results(name, rows, quick=quick, directory=directory)}")
-
-
-def _cpu_model() -> str:
-    try:
-        found = re.search(r"^model name\s*:\s*(.+)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
-    except OSError:
-        found = None
-    return found[1].strip() if found else platform.processor() or platform.machine()
 
 
 def _version(package: str) -> str:

@@ -45,6 +45,10 @@ class MissingDependencyError(UsageError):
         return type(self), self._given
 
 
+class CatalogError(UsageError):
+    """A file of devices, links or efficiency curves does not hold, or what was asked for is in none."""
+
+
 class ProfileError(UsageError):
     """A machine file is missing, damaged, of another schema or of another machine."""
 
