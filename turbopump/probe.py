@@ -36,11 +36,12 @@ from turbopump.planner.summary import microbatch_workload
 
 DOMAINS: tuple[Domain, ...] = get_args(Domain)
 BENCHES: Mapping[str, tuple[str, tuple[Domain, ...]]] = {
-    "compute": ("turbopump.compute.bench", ("compute", "memory", "host")),
+    "comms": ("turbopump.comms.bench", ("comms", "host")),
     "data": ("turbopump.data.bench", ("data",)),
-    "comms": ("turbopump.comms.bench", ("comms",)),
+    "compute": ("turbopump.compute.bench", ("compute", "memory", "host")),
 }
-"""Whose `bench.py` is asked for which domains, in the order of their turns."""
+"""Whose `bench.py` is asked for which domains, in the order of their turns: the last has what the others leave."""
+MOST_RANKS = 8
 Suite = Literal["generic", "deepbench"]
 DEFAULT_BUDGET_S = 300.0
 
@@ -102,7 +103,7 @@ def probe(
     ops = recipe_ops(recipe, overrides) if recipe is not None else ()
     benches = domains if domains is not None else _load_benches(request.domains)
     place = here(device or _device())
-    request = replace(request, ops=ops, device=next(iter(place.devices)))
+    request = replace(request, ops=ops, device=next(iter(place.devices)), max_ranks=_max_ranks(place))
     header = Header(place.name, place.fingerprint, place.software, str(request.directory.resolve()), _now())
     with Journal(journal_path(output), header, discard_foreign=overwrite) as journal:
         session = Session(benches, request, journal, budget_s, progress)
@@ -188,6 +189,12 @@ def _device() -> str:
     import torch
 
     return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def _max_ranks(place: Here) -> int:
+    """Processes to measure collectives between: one a GPU, or a core, and at least two."""
+    count = len(place.machine["gpus"]) if "cuda" in place.devices else detect.num_cores()
+    return max(2, min(count, MOST_RANKS))
 
 
 def _now() -> str:
@@ -321,3 +328,31 @@ def _uncertain(session: Session, place: Here, joined: Joined, existing: MachineP
             yield f"{older} rows were measured with {', '.join(changed)}: probe again with what they need"
     yield from place.uncertain
     yield from dict.fromkeys(str(row.facts["uncertain"]) for row in joined.rows if row.facts.get("uncertain"))
+
+
+# ---- the command line's forms
+
+
+def notes(outcome: Outcome) -> list[str]:
+    """What happened, line by line: how much was measured, what was resumed, joined, kept, and how alike it came out."""
+    joined, comparison = outcome.joined, outcome.comparison
+    lines = []
+    if outcome.resumed:
+        lines.append(f"went on with {outcome.resumed} rows of the probe begun {outcome.begun}")
+    again = f", {outcome.repeated} of them again because they were noisy" if outcome.repeated else ""
+    lines.append(f"measured {outcome.measured} rows in {human_seconds(outcome.elapsed_s)}{again}")
+    if joined.replaced or joined.kept:
+        kept = f", {len(joined.kept)} kept, the new ones being noisier" if joined.kept else ""
+        lines.append(f"of the rows that were there {joined.replaced} were renewed{kept}; {joined.added} are new")
+    if comparison.common:
+        lines.append(f"the median of {comparison.common} rows measured before differs by {comparison.difference:.1%}")
+    return lines
+
+
+def format_outcome(outcome: Outcome, columns: int = 80) -> str:
+    """The summary of the profile, what happened, and where to look."""
+    from turbopump.reporting.probe_text import listed, summary
+
+    lines = [summary(outcome.profile, columns), *listed("done", notes(outcome), columns)]
+    lines += listed("written", [f"{outcome.output}; to look at: {outcome.page}"], columns)
+    return "\n".join(lines)

@@ -16,6 +16,9 @@ from turbopump.hardware.profile import Measurement, Trial
 
 SHARES: Mapping[str, float] = {"compute": 0.6, "data": 0.25, "comms": 0.15}
 """By domain; compute includes memory and host."""
+LEAST_S: Mapping[str, float] = {"comms": 9.0, "data": 4.0}
+"""What a turn needs to be of any use (processes to start, a file to write), where there is as much to spare."""
+MOST_OF_LEAST = 0.4  # of the time left
 REPEATS_SHARE = 0.1  # of the budget, for noisy rows; what they do not need goes to the rows left out
 MOST_REPEATS = 2
 LEAST_ROW_S, MOST_ROW_S = 0.03, 0.5  # a settled median ends a row sooner; below the least there are too few blocks
@@ -31,7 +34,9 @@ def row_s(budget_s: float, num_trials: int) -> float:
 
 def allowance_s(left_s: float, domain: str, domains: Sequence[str]) -> float:
     """What `domain` may take of the time left, where `domains` (it among them) still want some in this tier."""
-    return max(0.0, left_s) * _share(domain) / sum(_share(name) for name in domains)
+    left_s = max(0.0, left_s)
+    least_s = min(LEAST_S.get(domain, 0.0), MOST_OF_LEAST * left_s)
+    return max(least_s, left_s * _share(domain) / sum(_share(name) for name in domains))
 
 
 def _share(domain: str) -> float:

@@ -44,9 +44,14 @@ def summary(profile: MachineProfile, columns: int = 80) -> str:
     ]
     lines = [textwrap.fill(printable(_title(profile)), width)]
     for name, items in sections:
-        for number, item in enumerate(items):
-            lines.append(_wrapped(name if number == 0 else "", item, width))
+        lines += listed(name, items, width)
     return "\n".join(lines)
+
+
+def listed(name: str, items: Iterable[str], columns: int) -> list[str]:
+    """Items below each other, `name` before the first, each wrapped to `columns`."""
+    width = max(40, min(columns, WIDEST))
+    return [_wrapped(name if number == 0 else "", item, width) for number, item in enumerate(items)]
 
 
 def short_list(items: Sequence[str]) -> list[str]:
