@@ -39,13 +39,13 @@ Flag = Annotated[bool, Parameter(negative=(), show_default=False)]
 def probe(
     *overrides: str,
     budget: str = "5m",
-    only: Annotated[tuple[str, ...], Parameter(negative=(), consume_multiple=True)] = (),
+    only: Annotated[str, Parameter(show_default=False)] = "",
     suite: Literal["generic", "deepbench"] = "generic",
     recipe: Annotated[Path | None, Parameter(name="--for")] = None,
     advice: Path | None = None,
     published: Path | None = None,
     output: Path = Path("machine.json"),
-    threads: Annotated[tuple[str, ...], Parameter(negative=(), consume_multiple=True)] = (),
+    threads: Annotated[str, Parameter(show_default=False)] = "",
     directory: Path | None = None,
     device: Literal["cpu", "cuda"] | None = None,
     overwrite: Flag = False,
@@ -69,7 +69,7 @@ def probe(
     budget
         Time to spend: 30s, 5m, 1h. What it has no room for is listed.
     only
-        Domains: compute, memory, host, comms, data; default all.
+        Domains, e.g. compute,comms, of compute, memory, host, comms and data; default all.
     suite
         generic, or deepbench: the operations of Baidu's benchmark.
     recipe
@@ -121,9 +121,9 @@ def probe(
         raise TurbopumpError(f"{'; '.join(failures)}. What could be measured is in {output}")
 
 
-def _parts(given: tuple[str, ...]) -> list[str]:
-    """The parts of options given as `a,b`, as `a b`, or both."""
-    return [part for text in given for part in text.split(",") if part]
+def _parts(given: str) -> list[str]:
+    """The parts of an option given as `a,b`."""
+    return [part.strip() for part in given.split(",") if part.strip()]
 
 
 def _count(text: str, option: str) -> int:
