@@ -14,7 +14,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from turbopump.comms import process_group
-from turbopump.compute.bench import fastest_compute, measure_peak
+from turbopump.compute.peak import fastest_compute, measure_peak
 from turbopump.compute.observe import ObservedCompute
 from turbopump.core import plugins
 from turbopump.core.config import Config
