@@ -29,7 +29,7 @@ from turbopump.core.workload import Op
 from turbopump.data import checkpoint_bench, fio
 from turbopump.data.ops import CheckpointRead, CheckpointWrite, RandomRead, SequentialRead, SequentialWrite
 from turbopump.data.read_engines import ROUTES, Engine, Reads, page_aligned, threads_of
-from turbopump.data.scratch import NO_SPACE, ScratchDirectory, ScratchFile, sweep, write_all
+from turbopump.data.scratch import BLOCK_BYTES, NO_SPACE, ScratchDirectory, ScratchFile, sweep, write_all
 from turbopump.hardware.detect import available_bytes
 from turbopump.hardware.profile import Measurement, Request, Trial
 from turbopump.hardware.timing import Timing
@@ -40,6 +40,7 @@ CHECKPOINT_BYTES = (16 << 20, 64 << 20, 256 << 20, 1 << 30)
 LEAST_FILE_BYTES, MOST_FILE_BYTES = 16 << 20, 1 << 30
 SHARE_OF_FREE = 4  # the test file takes at most a quarter of the free disk, and of the free memory
 BLOCKS = 6
+READ_AHEAD_BYTES = 16 << 20  # twice the window of the disk this was written on: a shorter block is all start
 COLD_SHARE, WARM_SHARE = 0.01, 0.99
 DIRECT, URING = "pread O_DIRECT", "io_uring O_DIRECT"
 WRITE_ROUTES = ("write + fsync", "write O_DIRECT + fsync")
@@ -126,11 +127,16 @@ def measure(trials: Iterable[Trial], request: Request, until: float) -> Iterator
     that is refused and a file that would be too small are rows with a problem. Leaves nothing in the directory.
     """
     storage = _Storage(request, until)
+    longest_s = 0.0  # a slow device needs longer than asked: a block has no fewer reads than are requested at once
     try:
-        for trial in trials:
-            if time.monotonic() + _least_s(trial, request) > until:
+        for number, trial in enumerate(trials):
+            begin = time.monotonic()
+            if begin + max(longest_s, _least_s(trial, request)) > until:
                 return
-            yield storage.row(trial)
+            row = storage.row(trial)
+            if number and row.works:  # the first also made the file
+                longest_s = max(longest_s, time.monotonic() - begin)
+            yield row
     finally:
         storage.close()
 
@@ -158,7 +164,8 @@ class _Storage:
         sweep(self._directory)
         self._file = ScratchFile(self._directory)  # also finds a directory that cannot be written
         self._no_file = ""
-        self._dropped = False
+        self._dropped: float | None = 1.0
+        """Share of the file in the page cache since it was last dropped, if only direct reads came since; else 1."""
         self._random = np.random.default_rng(0)
         self._behind = _memory_behind(self._directory)
 
@@ -188,7 +195,7 @@ class _Storage:
         if problem := self._problem_of_file():
             return Measurement.failed(trial, "data", problem)
         size = int(op.cost.bytes)
-        least = 2 * max(op.depth, 4) * _stride(size, op)
+        least = (2 * max(op.depth, 4) + 1) * _stride(size, op)
         if least > self._file.num_bytes:
             return Measurement.failed(
                 trial, "data", f"{2 * max(op.depth, 4)} reads of {human_bytes(size)} need a test file of "
@@ -213,14 +220,19 @@ class _Storage:
         def prepare() -> None:
             if op.cached:
                 shares.append(self._file.warm())
-                self._dropped = False
-            elif engine.sector == 1 or not self._dropped:
+                self._dropped = 1.0
+                return
+            if engine.sector == 1 or self._dropped == 1.0:
                 engine.forget()
-                shares.append(self._file.drop())
-                self._dropped = engine.sector > 1  # direct reads leave nothing in the cache
+                self._dropped = self._file.drop()
+            shares.append(self._dropped)
+            if engine.sector == 1:
+                self._dropped = 1.0  # what it reads stays
 
         size = int(op.cost.bytes)
-        least, most = 2 * max(op.depth, 4), self._file.num_bytes // _stride(size, op)
+        least, most = 2 * max(op.depth, 4), self._places(op)
+        if isinstance(op, SequentialRead) and not op.cached and engine.sector == 1:
+            least = max(least, min(most, READ_AHEAD_BYTES // size))
         count = least
         for _ in range(2):  # the first reads also start threads and touch buffers; the second say how many make a block
             prepare()
@@ -244,8 +256,8 @@ class _Storage:
 
     def _offsets(self, op: ReadOp, count: int) -> Any:
         """Places of `count` reads: in order from somewhere, or at random with none twice while there are others."""
-        size, stride = int(op.cost.bytes), _stride(int(op.cost.bytes), op)
-        places = self._file.num_bytes // stride - 1  # the last may be needed by a read that begins in a sector before
+        size, places = int(op.cost.bytes), self._places(op)
+        stride = _stride(size, op)
         if isinstance(op, SequentialRead):
             first = int(self._random.integers(places)) if op.cached or count < places // 2 else 0
             return (first + np.arange(count)) % places * stride
@@ -253,6 +265,10 @@ class _Storage:
         if count > places:
             ids = self._random.integers(0, places, count)
         return ids[:count] * stride + self._random.integers(0, stride // size, min(count, len(ids))) * size
+
+    def _places(self, op: ReadOp) -> int:
+        """Reads that the file has room for; one less, since those of whole sectors may reach beyond their record."""
+        return self._file.num_bytes // _stride(int(op.cost.bytes), op) - 1
 
     def _by_fio(self, trial: Trial, op: ReadOp) -> Measurement:
         share = self._file.drop()
@@ -267,7 +283,7 @@ class _Storage:
             return self._no_file
         free, memory = shutil.disk_usage(self._directory).free, available_bytes()
         wanted = min(MOST_FILE_BYTES, max(2 * LEAST_FILE_BYTES, round(self._request.row_s * 2.56e9)))
-        wanted = min(wanted, free // SHARE_OF_FREE, memory // SHARE_OF_FREE)
+        wanted = min(wanted, free // SHARE_OF_FREE, memory // SHARE_OF_FREE) // BLOCK_BYTES * BLOCK_BYTES
         needed = human_bytes(SHARE_OF_FREE * LEAST_FILE_BYTES)
         self._no_file = (
             f"storage reads need a test file in {self._directory}: {needed} free on the disk and in memory are "
@@ -285,10 +301,8 @@ class _Storage:
             except OSError as error:
                 if error.errno not in NO_SPACE:
                     raise
-                self._no_file += f"; {explain_os_error(error, self._directory)}"
-                wanted = (
-                    wanted // 4 if wanted // 4 >= LEAST_FILE_BYTES or wanted == LEAST_FILE_BYTES else LEAST_FILE_BYTES
-                )
+                self._no_file = explain_os_error(error, self._directory)
+                wanted = max(LEAST_FILE_BYTES, wanted // 4) if wanted > LEAST_FILE_BYTES else 0
         return self._no_file
 
     # --- writes ------------------------------------------------------------------------------------------------------

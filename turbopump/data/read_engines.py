@@ -105,13 +105,13 @@ class Pread(Engine):
             future.result()
 
     def _plain(self, offsets: Iterator[int], slot: np.ndarray[Any, Any]) -> None:
-        handle, buffers, size, preadv = self.handle, [slot], self.read_bytes, os.preadv
+        handle, buffers, size, preadv = self.handle, [slot.data], self.read_bytes, os.preadv
         for offset in offsets:
             if preadv(handle, buffers, offset) != size:
                 raise _short(size)
 
     def _timed(self, offsets: Iterator[int], slot: np.ndarray[Any, Any]) -> None:
-        handle, buffers, size, clock = self.handle, [slot], self.read_bytes, time.perf_counter
+        handle, buffers, size, clock = self.handle, [slot.data], self.read_bytes, time.perf_counter
         for offset in offsets:
             begin = clock()
             if os.preadv(handle, buffers, offset) != size:
@@ -128,7 +128,7 @@ class Readahead(Engine):
     """The kernel is told of each read `depth` reads before it comes."""
 
     def read(self, offsets: Offsets) -> None:
-        handle, buffers, size, ahead = self.handle, [self.slots[0]], self.read_bytes, self.reads.depth
+        handle, buffers, size, ahead = self.handle, [self.slots[0].data], self.read_bytes, self.reads.depth
         told = [*offsets.tolist(), *[None] * ahead]
         for offset in told[:ahead]:
             if offset is not None:
