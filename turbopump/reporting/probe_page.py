@@ -84,7 +84,7 @@ def probe_page(profile: MachineProfile) -> bytes:
 def probe_figures(profile: MachineProfile, found: Sequence[Gain]) -> dict[str, Figure]:
     """All plots that there is data for, by id."""
     settings = main_settings(profile)
-    measured = rooflines(profile, settings)
+    measured: list[Figure | None] = [*rooflines(profile, settings)]
     candidates = [
         *(measured or [spec_roofline(profile)]),
         *efficiencies(profile, settings),
@@ -132,7 +132,7 @@ def page_header(profile: MachineProfile, found: Sequence[Gain]) -> Html:
         tag("h1", profile.name),
         tag("p", status_text(profile), class_="status"),
         tag("p", prose(headline(profile, found)), class_="headline"),
-        tag("dl", *(tile(*t) for t in tiles(profile)), class_="tiles"),
+        tag("dl", *(tile(*t) for t in tiles(profile)), class_="tiles four"),
         tag("aside", tag("ul", *(tag("li", n) for n in notes)), class_="notes", aria_label="Notes")
         if notes
         else Html(),
@@ -142,8 +142,9 @@ def page_header(profile: MachineProfile, found: Sequence[Gain]) -> Html:
 def status_text(profile: MachineProfile) -> str:
     cores, memory = number(profile.machine, "num_cores"), number(profile.machine, "memory_bytes")
     made = "measured" if profile.provenance == "measured" else f"from a {profile.provenance}, not measured"
-    parts = [f"{made} {moment(profile.date)}", f"{cores:.0f} cores" if cores else "",
-             human_bytes(memory) if memory else "", *(f"{k} {v}" for k, v in list(profile.software.items())[:3])]  # fmt: skip
+    software = [f"{name} {version}" for name, version in list(profile.software.items())[:3]]
+    size = human_bytes(memory) if memory else ""
+    parts = [f"{made} {moment(profile.date)}", f"{cores:.0f} cores" if cores else "", size, *software]
     return " · ".join(p for p in parts if p)
 
 
@@ -258,9 +259,9 @@ def trust(profile: MachineProfile) -> list[Html]:
     waited = profile.quality.get("waited", float(np.median([r.waited for r in rows])))
     failed = sum(not r.works for r in profile.rows)
     facts = [
-        (percent(1 - noisy), f"of {len(rows):,} rows are quiet", 1 - noisy),
-        (percent(spread), "spread of the median row (90th percentile over fastest)", spread),
-        (percent(waited), "of the time other programs had the core", waited),
+        (percent(noisy), f"of {len(rows):,} rows are noisy", noisy),
+        (percent(spread), "spread of the median row (fastest to 90th percentile)", spread),
+        (percent(waited), "of the time the core was taken by others", waited),
     ]
     items = [
         tag("li", tag("div", tag("b", prose(value)), Html(" "), name),
@@ -390,7 +391,7 @@ def small_numbers(profile: MachineProfile) -> Html:
             shown.append((f"{op_words(row)}", human(row.bytes / row.seconds, "B/s"), human_seconds(row.seconds)))
     if not shown:
         return not_measured(profile, "host", "No launch cost and no overlap was measured.")
-    return tag("dl", *(tile(*t) for t in shown[:24]), class_="tiles", style="margin-top:0")
+    return tag("dl", *(tile(*t) for t in shown[:24]), class_="tiles four", style="margin-top:0")
 
 
 def everything(profile: MachineProfile) -> Html:

@@ -55,7 +55,8 @@ from turbopump.reporting.words import percent
 
 def rooflines(profile: MachineProfile, settings: Sequence[Setting]) -> list[Figure]:
     """A figure for each setting and dtype with a peak and rows below it, those with the most rows first."""
-    best, found = best_rates(profile), []
+    best = best_rates(profile)
+    found: list[Figure] = []
     by_place: dict[tuple[Setting, str], list[Measurement]] = defaultdict(list)
     for row in profile.rows:
         if row.domain == "compute" and row.flops > 0 and row.bytes > 0 and usable(row):
@@ -71,9 +72,10 @@ def roofline(profile: MachineProfile, peak: Peak, rows: list[Measurement], index
     setting, dtype = peak.setting, peak.dtype
     top = peak.row.flops_per_s
     memory, caches = memory_roofs(profile, setting)
-    shown, note = drawn(of_best_route(rows))
-    chosen = {r.key for r in shown}
-    slower = [r for r in rows if r.key not in chosen][: MAX_POINTS // 2]
+    fastest = of_best_route(rows)
+    shown, note = drawn(fastest)
+    chosen = {r.key for r in fastest}
+    slower, _ = drawn([r for r in rows if r.key not in chosen])
     intensity = {r.key: r.flops / r.bytes for r in (*shown, *slower)}
     rate = {r.key: r.flops / r.seconds for r in (*shown, *slower)}
     low_x, high_x = span_of([*intensity.values(), *([top / memory] if memory else [])], 1.8)
@@ -88,7 +90,7 @@ def roofline(profile: MachineProfile, peak: Peak, rows: list[Measurement], index
             data.append(dots([intensity[r.key] for r in mine], [rate[r.key] for r in mine],
                              [hover(r, f"{percent(rate[r.key] / top)} of the best") for r in mine],
                              name=family.name, colour=family.colour))  # fmt: skip
-    notes = [_roof_note(high_x, top, f"{human(top, 'FLOP/s')} · {_short(peak.route)}", "right", "bottom")]
+    notes = [_roof_note(high_x, top, human(top, "FLOP/s"), "right", "bottom")]
     if memory:
         at = max(low_x, 1.2 * low_y / memory)
         notes.append(_roof_note(at, memory * at, f" memory {human(memory, 'B/s')}", "left", "top"))
@@ -130,10 +132,6 @@ def _roofs(top: float, memory: float | None, caches: float | None, low: float, h
 def _roof_note(x: float, y: float, text: str, xanchor: str, yanchor: str) -> dict[str, Any]:
     return {"x": math.log10(x), "y": math.log10(y), "text": label(text), "showarrow": False, "xanchor": xanchor,
             "yanchor": yanchor, "font": {"size": 11, "color": "--muted"}}  # fmt: skip
-
-
-def _short(text: str, most: int = 34) -> str:
-    return text if len(text) <= most else f"{text[: most - 1]}…"
 
 
 def _roof_words(memory: float | None, caches: float | None, setting: Setting) -> str:
@@ -247,10 +245,10 @@ def moving_figure(rows: list[Measurement], memory: float | None) -> Figure | Non
     speeds = [r.bytes / r.seconds for r in shown] + ([memory] if memory else [])
     return Figure(
         id="efficiency-bytes",
-        title="Operations that move bytes: norms, element-wise, look-ups, losses, updates",
+        title="Bytes per second of what counts no FLOPs: norms, element-wise, look-ups, losses, updates",
         summary=f"Bytes a second by bytes moved of {len(shown)} operations that count no FLOPs.",
         data=data,
-        layout=layout(x="bytes moved", y="bytes per second", height=290, hovermode="closest",
+        layout=layout(x="bytes moved", y="", height=290, hovermode="closest",
                       xaxis=size_axis([r.bytes for r in shown]), yaxis=rate_axis(speeds, unit="B/s")),
         table=rows_table(shown),
         legend=True,
@@ -300,13 +298,21 @@ def routes_figure(found: list[Gain]) -> Figure | None:
         data=data,
         layout=layout(x="times as fast as the default route", y="", height=90 + 32 * len(names), hovermode="closest",
                       xaxis=axis, shapes=[line],
-                      yaxis={"tickvals": list(range(len(names))), "ticktext": [label(n) for n in names],
+                      yaxis={"tickvals": list(range(len(names))), "ticktext": [_two_lines(n) for n in names],
                              "range": [-0.6, len(names) - 0.4], "zeroline": False}),
         table=gains_table(found),
         legend=True,
         wide=True,
         note="A dot is one operation; the colour is the route that wins. Only routes whose result is exact compete.",
     )  # fmt: skip
+
+
+def _two_lines(name: str) -> str:
+    """Long names over two lines: a phone has no room for them beside the dots."""
+    words = name.split()
+    if len(name) < 16 or len(words) < 3:
+        return label(name)
+    return label(words[0]) + "<br>" + label(" ".join(words[1:]))
 
 
 def _gain_dots(gains: list[Gain], names: list[str], name: str, colour: str) -> Trace:
@@ -321,10 +327,8 @@ def _gain_dots(gains: list[Gain], names: list[str], name: str, colour: str) -> T
 
 
 def _ratio_ticks(most: float) -> list[float]:
-    if most < 2.2:
-        return [1, 1.2, 1.4, 1.6, 1.8, 2]
-    ticks = [1, 1.5, 2, 3, 5, 7, 10, 20, 30, 50, 100, 200, 500, 1000]
-    return [t for t in (ticks if most < 8 else [1, 2, 5, *ticks[6:]]) if t <= 1.2 * most]
+    ticks = [1, 1.2, 1.5, 2] if most < 2.5 else [1, 1.5, 2, 3, 5, 7] if most < 8 else [1, 2, 5, 10, 20, 50, 100, 1000]
+    return [t for t in ticks if t <= 1.2 * most]
 
 
 def gains_table(found: list[Gain], most: int = MAX_TABLE_ROWS) -> Table:

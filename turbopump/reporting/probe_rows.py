@@ -283,4 +283,8 @@ def rate_words(row: Measurement) -> str:
 
 
 def error_words(error: float | None) -> str:
-    return "" if error is None else f"{error:.1e}"
+    """`2.6e-7`."""
+    if error is None:
+        return ""
+    digits, _, power = f"{error:.1e}".partition("e")
+    return f"{digits}e{int(power)}" if power else digits

@@ -8,7 +8,7 @@ from html import escape
 from turbopump.core.units import human_seconds
 from turbopump.hardware.profile import Measurement
 from turbopump.reporting.html import Html, tag
-from turbopump.reporting.probe_rows import error_words, op_words, rate_words, timed
+from turbopump.reporting.probe_rows import error_words, op_words, rate_words, timed, usable
 from turbopump.reporting.words import percent
 
 _COLUMNS = ("operation", "dtype", "route", "where", "median", "fastest", "p90", "rate", "error", "remark")
@@ -58,7 +58,7 @@ def _number(value: float, text: str) -> str:
 def _remark(row: Measurement) -> str:
     """What is special about a row."""
     parts = [row.problem]
-    if row.works and row.noisy:
+    if usable(row) and row.noisy:
         parts.append(f"noisy: spread {percent(row.spread)}, waited {percent(row.waited)}")
     parts += [f"{name.replace('_', ' ')} {value}" for name, value in list(row.facts.items())[:4]]
     return "; ".join(p for p in parts if p)

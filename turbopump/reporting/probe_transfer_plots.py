@@ -45,7 +45,7 @@ def memory_figure(profile: MachineProfile) -> Figure | None:
         title="Memory: bytes per second by working set",
         summary=f"Copy, triad and random gather over {size_words(min(sizes))} to {size_words(max(sizes))}.",
         data=data,
-        layout=layout(x="working set", y="bytes per second", height=340, hovermode="closest", xaxis=size_axis(sizes),
+        layout=layout(x="working set", y="", height=340, hovermode="closest", xaxis=size_axis(sizes),
                       yaxis=rate_axis([r.bytes / r.seconds for r in rows], unit="B/s"), shapes=shapes,
                       annotations=notes, margin={"l": 48, "r": 10, "t": 24 if notes else 8, "b": 40}),
         table=Table(["kind", "working set", "rate", "median"],
@@ -72,7 +72,7 @@ def _working_set(row: Measurement) -> float:
 
 def _cache_marks(profile: MachineProfile, low: float, high: float) -> tuple[list[Any], list[Any]]:
     """Lines at the sizes of the caches, where the machine file knows them."""
-    known = profile.machine.get("caches") or profile.machine.get("cache_bytes") or {}
+    known = profile.machine.get("cache_bytes")
     shapes, notes = [], []
     for name, size in known.items() if isinstance(known, dict) else ():
         if isinstance(size, (int, float)) and low < size < high:
@@ -123,24 +123,25 @@ def _collective_figure(
     kinds = list(
         dict.fromkeys(r.kind for r in sorted(rows, key=lambda r: KINDS.index(r.kind) if r.kind in KINDS else 9))
     )
+    common = [part for part in places[0] if all(part in place for place in places)]
     data = []
     for number_, place in enumerate(places):
         for index, kind in enumerate(kinds):
             mine = [r for r in rows if r.kind == kind and _place(r) == place]
             if not mine:
                 continue
-            name = kind if len(places) == 1 else f"{kind}, {', '.join(place)}"
+            name = ", ".join([kind, *(part for part in place if part not in common)])
             sizes = [number(r.op, "bytes") or 0.0 for r in mine]
             texts = [f"{kind} · {size_words(s)} · {', '.join(place)} · {words(value(r))}" for s, r in zip(sizes, mine)]
             data.append(curve(sizes, [value(r) for r in mine], texts, name=name, colour=colour(index),
                               dash=DASHES[number_ % len(DASHES)]))  # fmt: skip
-    where = f" ({', '.join(places[0])})" if len(places) == 1 else ""
+    where = f" ({', '.join(common)})" if common else ""
     sizes = [number(r.op, "bytes") or 0.0 for r in rows]
     ordered = sorted(rows, key=lambda r: (r.kind, _place(r), number(r.op, "bytes") or 0.0))
     return Figure(
         id=id_, title=title + where, data=data[:24], legend=True, note=note,
         summary=f"{y} by bytes of {', '.join(kinds)}.",
-        layout=layout(x="bytes", y=y, height=330, hovermode="closest", xaxis=size_axis(sizes), yaxis=yaxis),
+        layout=layout(x="bytes", y="", height=330, hovermode="closest", xaxis=size_axis(sizes), yaxis=yaxis),
         table=Table(["collective", "bytes", "where", y],
                     [[r.kind, size_words(number(r.op, "bytes") or 0.0), ", ".join(_place(r)), words(value(r))]
                      for r in ordered]),
@@ -219,6 +220,6 @@ def _storage_figure(
     return Figure(
         id=id_, title=title, data=data[:24], legend=True, note=f"{note} Dotted: from the page cache.",
         summary=f"{y} by bytes of a read, {len(groups)} curves of depth and cache.",
-        layout=layout(x="bytes of a read", y=y, height=330, hovermode="closest", xaxis=size_axis(blocks), yaxis=yaxis),
+        layout=layout(x="bytes of a read", y="", height=330, hovermode="closest", xaxis=size_axis(blocks), yaxis=yaxis),
         table=Table(["read", "cache", "engine", "size", y, "time of a read"], table),
     )  # fmt: skip
