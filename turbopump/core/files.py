@@ -71,7 +71,7 @@ def from_json(data: bytes | str) -> Any:
     """Plain values of JSON bytes; raises `ValueError` on malformed input."""
     try:
         return msgspec.json.decode(data)
-    except msgspec.DecodeError as error:
+    except (msgspec.DecodeError, RecursionError) as error:
         raise ValueError(str(error)) from error
 
 
@@ -79,7 +79,7 @@ def from_json_as(data: bytes | str, cls: type[T]) -> T:
     """A dataclass (and those within it) of JSON bytes; raises `ValueError` that names the path of what does not fit."""
     try:
         return msgspec.json.decode(data, type=cls)
-    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         raise ValueError(str(error)) from error
 
 

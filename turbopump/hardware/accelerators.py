@@ -207,11 +207,14 @@ def _read(
     if problems:
         raise invalid(path, problems)
     other_names: dict[str, str] = {}
-    for key, row in rows.items():
-        for name in (row["name"], *row.get("aliases", ()), *row.get("reported_as", ())):
-            if other_names.setdefault(name.lower(), key) != key or (name.lower() in rows and name.lower() != key):
-                raise invalid(path, [f"{key}: the name {name!r} belongs to another entry too: names must differ"])
-    return Catalog({key: make(row) for key, row in rows.items()}, other_names)
+    for key, name in ((key, name.lower()) for key in rows for name in _other_names(rows[key])):
+        if other_names.setdefault(name, key) != key or (name in rows and name != key):
+            raise invalid(path, [f"{key}: the name {name!r} belongs to another entry too: names must differ"])
+    return Catalog({key: make(rows[key]) for key in rows}, other_names)
+
+
+def _other_names(row: Mapping[str, Any]) -> list[str]:
+    return [row["name"], *row.get("aliases", []), *row.get("reported_as", [])]
 
 
 def read_toml(path: Path | Traversable) -> dict[str, Any]:

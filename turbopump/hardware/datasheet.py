@@ -99,11 +99,11 @@ def _borrowed(spec: DeviceSpec, available: Sequence[Curve]) -> tuple[tuple[Curve
     uncertain: list[str] = []
     for kind in dict.fromkeys(curve.kind for curve in available):
         found = {dtype: _first(by_relative, order, kind, dtype) for dtype in spec.flops_per_s}
-        for dtype, curve in found.items():
-            if curve is not None:
-                uncertain.append(_said(spec, dtype, curve))
-                chosen.append(replace(curve, dtype=dtype))
-        if lacking := [dtype for dtype, curve in found.items() if curve is None]:
+        for dtype, best in found.items():
+            if best is not None:
+                uncertain.append(_said(spec, dtype, best))
+                chosen.append(replace(best, dtype=dtype))
+        if lacking := [dtype for dtype, best in found.items() if best is None]:
             uncertain.append(
                 f"{kind} in {', '.join(lacking)}: measured nowhere; its times are those of the peaks alone"
             )

@@ -142,7 +142,7 @@ class Measurement:
 
     @property
     def spread(self) -> float:
-        if self.median_s is None or self.min_s is None or self.p90_s is None:
+        if not self.median_s or self.min_s is None or self.p90_s is None:
             return 0.0
         return (self.p90_s - self.min_s) / self.median_s
 
