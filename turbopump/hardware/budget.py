@@ -91,8 +91,9 @@ def _typical_s(keys: Iterable[str], walls_s: Mapping[str, float]) -> float:
 
 def advised(spent_s: float, groups: Sequence[Group], tier: int | None = None) -> str:
     """A budget, as one types it, in which also these groups (up to `tier`) should fit."""
-    wanted = [group for group in groups if tier is None or group.tier <= tier]
-    needed_s = 1.2 * (spent_s + sum(group.seconds for group in wanted)) / (1 - REPEATS_SHARE)
+    wanted = [g.seconds * (1.0 if tier is None else g.left_in_tier / g.left) for g in groups
+              if tier is None or g.tier <= tier]  # fmt: skip
+    needed_s = 1.2 * (spent_s + sum(wanted)) / (1 - REPEATS_SHARE)
     budget_s = next((known for known in BUDGETS_S if known >= needed_s), 3600 * math.ceil(needed_s / 3600))
     if budget_s < 60:
         return f"{budget_s}s"

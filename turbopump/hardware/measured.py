@@ -14,17 +14,15 @@ from turbopump.hardware.processor import raise_to
 from turbopump.hardware.profile import Measurement
 from turbopump.hardware.specs import DeviceSpec, LinkSpec, StorageSpec
 
-PRODUCTS = ("Gemm", "BatchedGemm")
-IN_MEMORY_BYTES = 1 << 28  # a copy of this much is beyond every cache
+IN_MEMORY_BYTES = 1 << 27  # reading and writing this much goes beyond the caches
 Level = Literal["device", "node", "rack", "pod"]
 
 
 def memory_bytes_per_s(rows: Iterable[Measurement], device: str) -> float | None:
-    """Best rate of the largest copies and triads of a device; None where none was measured."""
-    moved = [r for r in rows if r.domain == "memory" and r.device == device and r.works and r.kind != "Gather"]
-    largest = max((row.bytes for row in moved), default=0.0)
-    beyond = [row for row in moved if row.bytes >= min(largest, IN_MEMORY_BYTES)]
-    return max((row.bytes_per_s for row in beyond), default=None)
+    """Best rate of copies and triads beyond the caches of a device; None where none was measured."""
+    kinds = ("MemoryCopy", "MemoryTriad")
+    moved = (row for row in rows if row.kind in kinds and row.device == device and row.works)
+    return max((row.bytes_per_s for row in moved if row.bytes >= IN_MEMORY_BYTES), default=None)
 
 
 def measured_device(device: DeviceSpec, rows: Sequence[Measurement], where: str, cores: int) -> DeviceSpec:

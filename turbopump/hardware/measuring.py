@@ -17,6 +17,7 @@ from turbopump.hardware import budget
 from turbopump.hardware.journal import Journal, less_noisy
 from turbopump.hardware.profile import Measurement, Request, Trial
 
+TELLING_TIER = 1  # the budget is shared out to the rows up to this tier; beyond it there are often thousands
 MOST_FAILURES = 3  # exceptions, not rows with a problem, before a domain is given up
 
 
@@ -60,8 +61,10 @@ class Session:
         self.total = sum(map(len, self.trials.values()))
         self.rows = dict(journal.resumed)
         self.resumed = len(self._wanted_keys() & self.rows.keys())
-        self.request = replace(request, row_s=budget.row_s(budget_s, self.total - self.resumed))
+        telling = sum(t.tier <= TELLING_TIER and t.key not in self.rows for ts in self.trials.values() for t in ts)
+        self.request = replace(request, row_s=budget.row_s(budget_s, telling))
         self.walls_s: dict[str, float] = {}
+        """By key, preparation included; without the first rows of turns, which wait for processes and files."""
         self.failures: dict[str, list[str]] = {}
         """By domain: what went wrong, one line each."""
         self.measured = self.repeated = 0
@@ -72,6 +75,7 @@ class Session:
 
     def run(self) -> None:
         """Measure until the budget is spent or nothing is left; what `journal` raises is raised."""
+        self._measure_pending(self.end_s, most_tier=0)
         self._measure_pending(self.end_s - budget.REPEATS_SHARE * (self.end_s - self.begin_s))
         self._repeat_noisy()
         self._measure_pending(self.end_s)
@@ -96,11 +100,12 @@ class Session:
         """Whether a domain failed too often to be asked for more."""
         return len(self.failures.get(name, ())) >= MOST_FAILURES
 
-    def _measure_pending(self, until: float) -> None:
+    def _measure_pending(self, until: float, most_tier: float = float("inf")) -> None:
         """Tier by tier; once more as long as there is time and rows come."""
         while time.monotonic() < until:
             before = len(self.rows) + len(self._set_aside)
-            for tier in sorted({trial.tier for name in self.trials for trial in self._pending(name)}):
+            tiers = {trial.tier for name in self.trials for trial in self._pending(name)}
+            for tier in sorted(tier for tier in tiers if tier <= most_tier):
                 wanted = {name: [t for t in self._pending(name) if t.tier == tier] for name in self.trials}
                 self._by_turns(wanted, until)
             if len(self.rows) + len(self._set_aside) == before:
@@ -147,7 +152,9 @@ class Session:
                         self._set_aside.add(current.key)
                         break
                     at = next((n + 1 for n in range(at, len(trials)) if trials[n].key == row.key), at)
-                    self._take(row, time.monotonic() - began_s)
+                    self._take(row)
+                    if at > 1:
+                        self.walls_s.setdefault(row.key, time.monotonic() - began_s)
                     count += 1
             trials = trials[at + 1 :]
         return count
@@ -155,10 +162,9 @@ class Session:
     def _rows_of(self, name: str, trials: list[Trial], until: float) -> Generator[Measurement, None, None]:
         yield from self.benches[name].measure(list(trials), self.request, until)
 
-    def _take(self, row: Measurement, wall_s: float) -> None:
+    def _take(self, row: Measurement) -> None:
         self._journal.append(row)
         self.measured += 1
-        self.walls_s.setdefault(row.key, wall_s)
         known = self.rows.get(row.key)
         self.rows[row.key] = row if known is None else less_noisy(known, row)
 
