@@ -301,7 +301,7 @@ def format_advice(advice: Advice, recipe: str = "RECIPE") -> str:
         lines += ["", *_table("other precision: results change", other)]
     if rest := [c for c in advice.changes if not c.pays]:
         lines += ["", "no gain over the step: " + ", ".join(f"{c.change.name} ({c.share:+.1%})" for c in rest)]
-    return "\n".join(part for line in lines for part in _folded(line))
+    return "\n".join(part for line in "\n".join(lines).splitlines() for part in _folded(line))
 
 
 def _known(advice: Advice, recipe: str) -> str:
@@ -311,7 +311,7 @@ def _known(advice: Advice, recipe: str) -> str:
         text += f", {advice.near} from the nearest measured shapes"
     if advice.missing:
         text += f", {len(advice.missing)} unknown"
-    return text + (f"; probe --for {recipe} measures them" if advice.near or advice.missing else "")
+    return text + (f"\nprobe --for {recipe} measures them" if advice.near or advice.missing else "")
 
 
 def _table(title: str, changes: Iterable[AdvisedChange]) -> list[str]:

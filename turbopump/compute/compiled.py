@@ -34,6 +34,8 @@ from turbopump.core.workload import Op
 
 KINDS = (Norm, Elementwise, CrossEntropy)
 CACHE_VARIABLE = "TORCHINDUCTOR_CACHE_DIR"
+VARIABLES = (CACHE_VARIABLE, "_TORCHINDUCTOR_PYOBJECT_TENSOR_DATA_PTR")  # inductor sets both by itself
+FIRST_S = 3.0  # of an operation, twice compiled (its error too); the first of a process 10 s, on an idle EPYC core
 _compile_s: dict[str, float] = {}
 _functions: dict[str, Function] = {}
 
@@ -103,13 +105,13 @@ def _directory() -> tempfile.TemporaryDirectory[str]:
 @contextmanager
 def _compiling() -> Iterator[None]:
     """Inductor in its own directory, silent, with graphs that may be run backward many times; all put back."""
-    import torch._dynamo as dynamo
+    import torch._dynamo as dynamo  # these take a second to import
     import torch._functorch.config
     import torch._inductor.config
 
     inductor: Any = torch._inductor.config
     functorch: Any = torch._functorch.config
-    before = os.environ.get(CACHE_VARIABLE)
+    before = {name: os.environ.get(name) for name in VARIABLES}
     os.environ[CACHE_VARIABLE] = _directory().name
     try:
         with (
@@ -119,11 +121,12 @@ def _compiling() -> Iterator[None]:
         ):
             yield
     finally:
-        os.environ.pop(CACHE_VARIABLE, None)
-        if before is not None:
-            os.environ[CACHE_VARIABLE] = before
         _functions.clear()
         dynamo.reset()  # what it compiled counts against its limit of versions of one function
+        for name, value in before.items():
+            os.environ.pop(name, None)
+            if value is not None:
+                os.environ[name] = value
 
 
 @contextmanager
@@ -146,6 +149,6 @@ def _silence() -> Iterator[None]:
 
 
 ROUTES: tuple[Route, ...] = (
-    Route("inductor", _function, _problem, _prepare, _compiling, library=f"inductor of torch {torch.__version__}"),
+    Route("inductor", _function, _problem, _prepare, _compiling, f"inductor of torch {torch.__version__}", FIRST_S),
 )
 """The compiler, for the operations it can change."""
