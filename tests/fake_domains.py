@@ -23,7 +23,7 @@ def row_of(trial: Trial, *, seconds: float = 1e-3, spread: float = 0.02, waited:
 
 @dataclass
 class Fake:
-    """A bench: `noisy` says of a key how spread its 1st, 2nd ... row is; at `fail_at` it raises, at `kill_at` it dies."""
+    """A bench: `noisy` says of a key how spread its 1st, 2nd ... row is; it raises at `fail_at`, dies at `kill_at`."""
 
     wanted: list[Trial]
     row_s: float = 0.0

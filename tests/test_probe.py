@@ -5,15 +5,14 @@ import os
 import signal
 import subprocess
 import sys
-import time
-from dataclasses import fields, replace
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from tests.fake_domains import Fake, products
 from turbopump import probe as verb
-from turbopump.compute.ops import Elementwise, Gemm
+from turbopump.compute.ops import Gemm
 from turbopump.core.errors import Interrupted, NoisyProfileError, ProfileError, RunDirectoryError, UsageError
 from turbopump.core.units import parse_seconds
 from turbopump.hardware.journal import journal_path, read_journal
@@ -209,7 +208,7 @@ def test_a_file_that_cannot_be_extended_is_refused_unless_told(output, content, 
 def test_a_datasheets_profile_is_not_mixed_with_measurements(output):
     profile = run(output, Fake(products(1))).profile
     save(replace(profile, provenance="datasheet"), output)
-    with pytest.raises(ProfileError, match="is a datasheet profile of .*--overwrite"):
+    with pytest.raises(ProfileError, match=r"is a datasheet profile of .*--overwrite"):
         run(output, Fake(products(1)))
 
 
@@ -259,7 +258,7 @@ def test_killed_it_goes_on_where_it_was(output):
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_stops_it_cleanly_and_says_how_to_go_on(output, number):
     done = start(output.parent, 4, number)
-    assert "Interrupted: interrupted; 4 of 12 rows are in machine.json.partial.jsonl, and the same command" in done.stderr
+    assert "interrupted; 4 of 12 rows are in machine.json.partial.jsonl, and the same command" in done.stderr
     assert output.with_name("put_back").read_text() == "1"  # the domain closed what it had open
     assert len(read_journal(journal_path(output))[1]) == 4
     assert len(run(output, Fake(products(12))).profile.rows) == 12
@@ -372,7 +371,7 @@ def test_durations(text, seconds):
 
 @pytest.mark.parametrize("text", ["", "0s", "-5m", "5 days", "h", "1e3s", "nan", "5m30s", "９" * 400])
 def test_durations_that_are_none(text):
-    with pytest.raises(UsageError, match="--budget: .* e.g. 30s, 5m or 1h"):
+    with pytest.raises(UsageError, match=r"--budget: .* e\.g\. 30s, 5m or 1h"):
         parse_seconds(text, "--budget")
 
 

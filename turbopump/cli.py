@@ -94,11 +94,17 @@ def probe(
         Print nothing.
     """
     from turbopump import probe as verb
+    from turbopump.reporting.published import beside
+    from turbopump.reporting.published import read as read_published
 
     columns = shutil.get_terminal_size().columns
     if advice is not None:
-        print(verb.advice(advice, output, overrides=overrides, columns=columns))
+        from turbopump.compute.advice import format_advice
+
+        found = verb.advise(advice, output, overrides)
+        print(to_json(found, indent=True).decode().rstrip() if json else format_advice(found, str(advice)))
         return
+    tables = read_published(published) if published is not None else []  # before minutes of measuring
     if overrides and recipe is None:
         raise UsageError(f"{overrides[0]!r} given, which is a setting of a recipe: name one with --for or --advice")
     outcomes: list[Outcome] = []
@@ -115,8 +121,8 @@ def probe(
         print(to_json(profile, indent=True).decode().rstrip())
     elif not quiet:
         print(verb.format_outcome(outcomes[0], columns))
-    if published is not None:
-        print(verb.beside_published(profile, published, columns))
+    if tables and not json:
+        print(beside(profile, tables, min(columns, 100)))
     if failures := outcomes[0].failures:
         raise TurbopumpError(f"{'; '.join(failures)}. What could be measured is in {output}")
 

@@ -17,14 +17,14 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from turbopump.core.config import Config
 from turbopump.core.config import load as load_recipe
 from turbopump.core.errors import Interrupted, NoisyProfileError, ProfileError, TurbopumpError, UsageError
 from turbopump.core.units import human_seconds
 from turbopump.core.version import VERSION
-from turbopump.core.workload import Op
+from turbopump.core.workload import Op, Workload
 from turbopump.hardware import budget, detect
 from turbopump.hardware.here import Here, here
 from turbopump.hardware.journal import Comparison, Header, Joined, Journal, compare, join, journal_path, quality
@@ -33,6 +33,9 @@ from turbopump.hardware.measuring import Bench, ProbeProgress, Session
 from turbopump.hardware.process import prepare_to_compute
 from turbopump.hardware.profile import SCHEMA, Domain, MachineProfile, Request, check_same_machine, load, save
 from turbopump.planner.summary import microbatch_workload
+
+if TYPE_CHECKING:
+    from turbopump.compute.advice import Advice
 
 DOMAINS: tuple[Domain, ...] = get_args(Domain)
 BENCHES: Mapping[str, tuple[str, tuple[Domain, ...]]] = {
@@ -148,15 +151,25 @@ def default_threads() -> tuple[int, ...]:
 
 def recipe_ops(recipe: Path | str | Config, overrides: Sequence[str] = ()) -> tuple[Op, ...]:
     """Each operation of a step once: a microbatch's, in fp32 and bf16 where the recipe leaves that to measurement."""
-    config = recipe if isinstance(recipe, Config) else load_recipe(Path(recipe), overrides)
+    config = _config(recipe, overrides)
     ops: dict[Op, None] = {}
     for dtype in ("fp32", "bf16") if config.precision.compute == "auto" else (None,):
-        workload = microbatch_workload(config, dtype=dtype)
-        if workload is None:
-            raise UsageError(f"{recipe}: the operations of a live model are not known before it runs: give a recipe "
-                             "whose model and data have a kind of their own")  # fmt: skip
+        workload = _workload(config, recipe, dtype)
         ops |= dict.fromkeys([*(op for op, _ in workload.ops()), *workload.optimizer_ops])
     return tuple(ops)
+
+
+def _config(recipe: Path | str | Config, overrides: Sequence[str]) -> Config:
+    return recipe if isinstance(recipe, Config) else load_recipe(Path(recipe), overrides)
+
+
+def _workload(config: Config, recipe: Path | str | Config, dtype: str | None) -> Workload:
+    workload = microbatch_workload(config, dtype=dtype)
+    if workload is None:
+        name = config.name if isinstance(recipe, Config) else recipe
+        raise UsageError(f"{name}: the operations of a live model are not known before it runs: give a recipe whose "
+                         "model and data have a kind of their own")  # fmt: skip
+    return workload
 
 
 def _existing(output: Path, overwrite: bool) -> MachineProfile | None:
@@ -356,3 +369,18 @@ def format_outcome(outcome: Outcome, columns: int = 80) -> str:
     lines = [summary(outcome.profile, columns), *listed("done", notes(outcome), columns)]
     lines += listed("written", [f"{outcome.output}; to look at: {outcome.page}"], columns)
     return "\n".join(lines)
+
+
+def advise(recipe: Path | str | Config, machine: Path | str = "machine.json", overrides: Sequence[str] = ()) -> Advice:
+    """What should make a recipe's step faster, by the rows of a machine file; measures nothing.
+
+    Raises `ProfileError` where there is no such file, `UsageError` for a live model.
+    """
+    from turbopump.compute.advice import advise
+
+    config = _config(recipe, overrides)
+    profile = load(machine)
+    counts = profile.request.get("threads") or [default_threads()[0]]
+    dtype = "fp32" if config.precision.compute == "auto" else None
+    return advise(profile, _workload(config, recipe, dtype), threads=int(counts[0]),
+                  device=str(profile.request.get("device", "cpu")))  # fmt: skip
