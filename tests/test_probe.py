@@ -2,21 +2,25 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 
 import pytest
 
 from tests.fake_domains import Fake, products
 from turbopump import probe as verb
+from turbopump.compute import deepbench
 from turbopump.compute.ops import Gemm
 from turbopump.core.errors import Interrupted, NoisyProfileError, ProfileError, RunDirectoryError, UsageError
 from turbopump.core.units import parse_seconds
 from turbopump.hardware.journal import journal_path, read_journal
-from turbopump.hardware.profile import SCHEMA, load, save
+from turbopump.hardware.profile import SCHEMA, Curve, MachineProfile, Measurement, load, save
+from turbopump.hardware.sanity import oddities
+from turbopump.hardware.specs import DeviceSpec, LinkSpec, StorageSpec
 from turbopump.pack import pack
 from turbopump.probe import probe
 
@@ -417,3 +421,143 @@ def test_the_operations_of_a_recipe_are_asked_for_once_each(recipe):
 def test_a_live_model_is_refused(recipe):
     with pytest.raises(UsageError, match=r"lm\.toml: the operations of a live model are not known"):
         verb.recipe_ops("lm.toml", ["model={kind='live', reference='a:b'}"])
+
+
+# ---- the command line
+
+
+@pytest.fixture
+def fakes(monkeypatch):
+    """The command measures these instead of the machine."""
+    benches = {"compute": Fake(products(6) + products(2, route="mkldnn.matmul.fp32_precision=bf16"))}
+    monkeypatch.setattr(verb, "_load_benches", lambda domains: benches)
+    monkeypatch.setattr(verb, "_device", lambda: "cpu")
+    return benches
+
+
+def test_the_command_prints_a_summary_that_fits_a_terminal(output, cli, fakes, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    said = cli("probe", "--budget", "5s")
+    lines = said.out.splitlines()
+    assert (said.code, said.err) == (0, "") and len(lines) <= 24 and max(map(len, lines)) <= 80
+    assert any(line.startswith("products     fp32") for line in lines)
+    assert "written      machine.json; to look at: probe.html" in lines
+    assert "measured 8 rows" in said.out and load(output).request["budget_s"] == 5
+    again = cli("probe", "--budget", "1m")
+    assert "of the rows that were there 8 were renewed" in again.out
+
+
+def test_json_is_the_file_and_quiet_says_nothing(output, cli, fakes):
+    said = cli("probe", "--json", "--output", "other.json")
+    assert said.out.encode() == output.with_name("other.json").read_bytes()
+    assert (cli("probe", "--quiet").out, cli("probe", "--quiet").err) == ("", "")
+
+
+def test_options_reach_the_probe(output, cli, fakes):
+    output.with_name("disk").mkdir()
+    assert (
+        cli("probe", "--only", "memory, compute", "--threads", "1", "--directory", "disk", "--budget", "2m").code == 0
+    )
+    request = load(output).request
+    assert request["domains"] == ["compute", "memory"] and request["budget_s"] == 120
+    assert request["directory"] == "disk" and request["threads"] == [1]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--budget", "soon"], "--budget: 'soon' given, which is no positive number of s, m or h"),
+        (["--only", "gpu"], "only: 'gpu' given: use some of compute, memory, host, comms, data"),
+        (["--suite", "mlperf"], "--suite"),
+        (["--threads", "two"], "--threads: 'two' given, which is no number"),
+        (["--advice", "nowhere.toml"], "no recipe at nowhere.toml"),
+        (["--for", "nowhere.toml"], "no recipe at nowhere.toml"),
+        (["--published", "."], "no DeepBench tables in ."),
+        (["microbatch=2"], "'microbatch=2' given, which is a setting of a recipe"),
+        (["--directory", "nowhere"], "there is no directory nowhere"),
+    ],
+)
+def test_wrong_use_of_the_command(output, cli, fakes, arguments, said):
+    done = cli("probe", *arguments)
+    assert done.code in (1, 2) and said in done.err and not done.out and not output.exists()
+
+
+def test_a_domain_that_failed_is_an_error_after_everything_is_written(output, cli, fakes):
+    bench = fakes["compute"]
+    bench.fail_at = frozenset([bench.wanted[3].key])
+    done = cli("probe")
+    assert done.code == 1 and "compute failed 1 times; first at Gemm" in done.err and "is in machine.json" in done.err
+    assert len(load(output).rows) == 7 and "written" in done.out
+
+
+def test_interrupted_the_command_exits_with_130(output, cli, fakes):
+    fakes["compute"].kill_at, fakes["compute"].signal_number = 2, signal.SIGINT
+    done = cli("probe")
+    assert done.code == 130 and "2 of 8 rows are in machine.json.partial.jsonl" in done.err
+
+
+def test_advice_needs_a_machine_file_and_measures_nothing(recipe, cli, fakes):
+    missing = cli("probe", "--advice", "lm.toml")
+    assert missing.code == 2 and "no machine file at machine.json" in missing.err
+    ops = [op for op in verb.recipe_ops("lm.toml") if isinstance(op, Gemm)]
+    fakes["compute"].wanted = [replace(products(1)[0], op=op) for op in ops]
+    assert cli("probe", "--for", "lm.toml", "--threads", "1").code == 0
+    asked = len(fakes["compute"].asked)
+    said = cli("probe", "--advice", "lm.toml")
+    assert said.code == 0 and f"{len(ops)} measured" in said.out and "probe --for lm.toml measures them" in said.out
+    assert len(fakes["compute"].asked) == asked
+    assert json.loads(cli("probe", "--advice", "lm.toml", "--json").out)["workload"]
+
+
+GEMM = "platform,precision,M,N,K,transA,transB,time_ms,tflops,source\nNV_X,fp32,64,{n},64,N,T,0.5,1,here\n"
+
+
+def test_published_figures_stand_beside_ours(output, cli, fakes):
+    op = deepbench.gemm(64, 32, 64, "N", "T")
+    fakes["compute"].wanted = [replace(products(1)[0], op=op)]
+    output.with_name("deepbench_gemm.csv").write_text(GEMM.format(n=32))
+    said = cli("probe", "--suite", "deepbench", "--published", ".")
+    assert said.code == 0 and "times as fast as this machine, median" in said.out
+    assert "1 ms" in said.out and "500 µs" in said.out and "NV_X fp32" in said.out
+    output.with_name("deepbench_gemm.csv").write_text(GEMM.format(n=33))
+    assert "none of the published operations was measured here" in cli("probe", "--published", ".").out
+    output.with_name("deepbench_gemm.csv").write_text("platform,M\nNV_X,1\n")
+    broken = cli("probe", "--published", ".")
+    assert broken.code == 1 and "deepbench_gemm.csv is not in the form of docs/probe.md" in broken.err
+
+
+def test_importing_it_imports_no_torch():
+    code = "import sys, turbopump.probe; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=False).returncode == 0
+
+
+# ---- the page of the schema
+
+
+@pytest.mark.parametrize(
+    ("heading", "cls"),
+    [
+        ("The profile", MachineProfile), ("A row", Measurement), ("A device", DeviceSpec), ("A link", LinkSpec),
+        ("A storage", StorageSpec), ("A curve", Curve),
+    ],
+)  # fmt: skip
+def test_every_field_of_the_file_is_documented(heading, cls):
+    page = (ROOT / "docs" / "machine-json.md").read_text()
+    section = page.split(f"## {heading}\n")[1].split("\n## ")[0]
+    documented = re.findall(r"^\| `(\w+)` \|", section, re.MULTILINE)
+    assert documented == [field.name for field in fields(cls)]
+
+
+# ---- this machine, really
+
+
+@pytest.mark.slow
+def test_a_short_probe_of_this_machine(output, cli):
+    said = cli("probe", "--budget", "25s", "--threads", "1")
+    assert said.code == 0, said.err
+    profile = load(output)
+    assert {row.domain for row in profile.rows} >= {"compute", "memory", "host", "comms", "data"}
+    assert not oddities(profile)
+    assert profile.storage and profile.links and profile.devices[0].flops_per_s
+    assert "products" in said.out and "storage" in said.out and "collectives" in said.out
+    assert sorted(path.name for path in output.parent.iterdir()) == ["machine.json", "probe.html"]

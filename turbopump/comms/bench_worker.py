@@ -28,7 +28,7 @@ import numpy as np
 from turbopump.comms.ops import COLLECTIVES, Collective, Overlap
 from turbopump.core.workload import DTYPE_BYTES
 
-BLOCK_S = 2e-3  # of a block of calls, where sums allow that many
+BLOCK_S = 5e-4  # of a block of calls, where sums allow that many: short, so that other work meets few of them
 MOST_BLOCKS = 400
 LEAST_BLOCKS, LEAST_SLOW_BLOCKS = 7, 3
 LARGEST = {"fp16": 1e4}  # what a sum may grow to
@@ -218,18 +218,24 @@ def measure(transport: Transport, op: Collective, budget_s: float) -> dict[str, 
     ways = 2 if type(op).__name__ == "Send" else 1
     run(2)  # buffers are touched, connections made
     most_calls = calls_before_overflow(op) if type(op).__name__ == "AllReduce" else 1 << 10
-    restore()
-    call_s = transport.max(_timed(run, min(3, most_calls), transport))
-    calls = max(1, min(most_calls, math.ceil(BLOCK_S / call_s)))
-    restore()
-    block_s = transport.max(_timed(run, calls, transport, per_call=False))
-    least = LEAST_BLOCKS if LEAST_BLOCKS * block_s < 4 * budget_s else LEAST_SLOW_BLOCKS
-    blocks = max(least, min(MOST_BLOCKS, int(budget_s / (1.5 * block_s))))
-    seconds = []
-    for _ in range(blocks):
+    tries = []
+    for _ in range(3):
         restore()
-        seconds.append(_timed(run, calls, transport) / ways)
+        tries.append(_timed(run, min(2, most_calls), transport))
+    calls = max(1, min(most_calls, math.ceil(BLOCK_S / transport.max(min(tries)))))
+    seconds: list[float] = []
+    begin, elapsed_s = time.perf_counter(), 0.0
+    while len(seconds) < MOST_BLOCKS and (elapsed_s < budget_s or few_blocks(len(seconds), elapsed_s, budget_s)):
+        for _ in range(LEAST_SLOW_BLOCKS):
+            restore()
+            seconds.append(_timed(run, calls, transport) / ways)
+        elapsed_s = transport.max(time.perf_counter() - begin)  # all ranks must go on, or none
     return {"seconds": seconds, "calls": calls}
+
+
+def few_blocks(blocks: int, elapsed_s: float, budget_s: float) -> bool:
+    """Whether slow blocks are too few to be a row though the time is over; nothing takes more than 4 times its time."""
+    return blocks < LEAST_BLOCKS and elapsed_s < 4 * budget_s
 
 
 def calls_before_overflow(op: Collective) -> int:
