@@ -340,7 +340,8 @@ def _uncertain(session: Session, place: Here, joined: Joined, existing: MachineP
         if older and changed:
             yield f"{older} rows were measured with {', '.join(changed)}: probe again with what they need"
     yield from place.uncertain
-    yield from dict.fromkeys(str(row.facts["uncertain"]) for row in joined.rows if row.facts.get("uncertain"))
+    said = (str(row.facts["uncertain"]).split("; ") for row in joined.rows if row.facts.get("uncertain"))
+    yield from dict.fromkeys(text for texts in said for text in texts)
 
 
 # ---- the command line's forms
