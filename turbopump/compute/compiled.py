@@ -136,7 +136,8 @@ def _silence() -> Iterator[None]:
     def serious(record: logging.LogRecord) -> bool:
         return record.levelno >= logging.ERROR
 
-    handlers = list(logging.getLogger("torch").handlers)
+    loggers = [logging.getLogger(name) for name in logging.root.manager.loggerDict if name.split(".")[0] == "torch"]
+    handlers = {handler for logger in loggers for handler in logger.handlers}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         for handler in handlers:
