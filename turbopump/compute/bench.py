@@ -12,6 +12,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
+from math import isfinite
 from statistics import median
 from typing import Any
 
@@ -141,6 +142,7 @@ class _Bench:
         self.request = request
         self.asked_for = frozenset(request.ops)
         self.rates: dict[tuple[object, ...], float] = {}
+        self.slowdown = 1.0  # wall time over the thread's own: what other programs take of the core
         self.prepared: tuple[Op | None, tuple[torch.Tensor, ...]] = (None, ())
         self.flushers: dict[str, Callable[[], object]] = {}
 
@@ -168,7 +170,7 @@ class _Bench:
                 f"left out: a call would take about {human_seconds(call_s)}, allowed are {human_seconds(longest_s)}"
             )
             return Measurement.failed(trial, kind, problem)
-        needed_s = max(self.request.row_s, CALLS * call_s) + OVERHEAD_S + route.first_s
+        needed_s = max(self.request.row_s, CALLS * call_s * self.slowdown) + OVERHEAD_S + route.first_s
         if time.monotonic() + needed_s > until:
             return None
         error = routes.error(op, route, device) if kind == "compute" else None
@@ -180,11 +182,12 @@ class _Bench:
             flushed_s = (
                 self._flushed_s(run, clock, device) if kind == "compute" and self._cacheable(op, timed) else None
             )
-        self._learn(trial, timed.min_s)
+        self._learn(trial, timed)
         row = Measurement.of(trial, kind, timed, flushed_s=flushed_s, library=conditions.library(device), error=error,
                              facts=_facts(op, route))  # fmt: skip
         if error is not None and not error < 1.0:
-            return replace(row, problem=f"wrong results here: they differ from fp64 by {error:.1e} of their norm")
+            problem = f"wrong results here: they differ from fp64 by {error:.1e} of their norm"
+            return replace(row, error=error if isfinite(error) else None, problem=problem)
         return row
 
     def _inputs(self, op: Op, device: str) -> tuple[torch.Tensor, ...]:
@@ -237,9 +240,10 @@ class _Bench:
             if seconds > TELLING_S or small == trial.op:
                 return
 
-    def _learn(self, trial: Trial, seconds: float) -> None:
+    def _learn(self, trial: Trial, timed: timing.Timing) -> None:
         group = _group(trial)
-        self.rates[group] = max(self.rates.get(group, 0.0), _work(trial.op) / max(seconds, 1e-9))
+        self.rates[group] = max(self.rates.get(group, 0.0), _work(trial.op) / max(timed.min_s, 1e-9))
+        self.slowdown = max(1.0, (self.slowdown + timed.wall_s / timed.median_s) / 2)
 
 
 def _group(trial: Trial) -> tuple[object, ...]:

@@ -145,10 +145,20 @@ def _rnn_inputs(op: Rnn, values: Values) -> Tensors:
     gates, scale = RNN_GATES[op.kind] * op.hidden_size, (3 * op.hidden_size) ** -0.5  # that of uniform +-1 / sqrt(H)
     shapes = [(gates, op.input_size), (gates, op.hidden_size), (gates,), (gates,)] * op.directions
     weights = [values.normal(*shape, dtype=op.dtype, scale=scale) for shape in shapes]
+    if torch.device(values.device).type == "cuda" and torch.backends.cudnn.is_acceptable(weights[0]):
+        _into_one_chunk(op, weights)
     x = values.normal(op.steps, op.batch, op.input_size, dtype=op.dtype)
     width = op.directions * op.hidden_size
     grads = [values.normal(op.steps, op.batch, width, dtype=op.dtype)] if op.backward else []
     return (x, *states, *weights, *grads)
+
+
+def _into_one_chunk(op: Rnn, weights: list[Tensor]) -> None:
+    """Lays the weights one behind the other in place, as `nn.RNN` does: cuDNN would copy them at every call."""
+    mode = torch._C._cudnn.RNNMode  # type: ignore[attr-defined]
+    modes = {"vanilla": mode.rnn_tanh, "gru": mode.gru, "lstm": mode.lstm}
+    torch._cudnn_rnn_flatten_weight(weights, 4, op.input_size, int(modes[op.kind]), op.hidden_size, 0, 1, False,
+                                    op.bidirectional)  # fmt: skip
 
 
 def _recurrence(op: Rnn) -> Callable[..., Tensors]:

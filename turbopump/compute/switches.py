@@ -31,15 +31,17 @@ def built_in(kind: str) -> tuple[Route, ...]:
 
 @contextmanager
 def fp32_as(precision: str) -> Iterator[None]:
-    """fp32 operations of all libraries compute in `precision` ("ieee", "tf32")."""
+    """fp32 operations of CUDA's libraries compute in `precision` ("ieee", "tf32"), those of oneDNN in fp32."""
     onednn: Any = torch.backends.mkldnn  # `matmul` and the others are set on it while torch is imported
-    backends = [onednn.matmul, onednn.conv, onednn.rnn] if torch.backends.mkldnn.is_available() else []
+    wanted = []
+    if torch.backends.mkldnn.is_available():
+        wanted += [(backend, "ieee") for backend in (onednn.matmul, onednn.conv, onednn.rnn)]
     if torch.cuda.is_available():
         cudnn: Any = torch.backends.cudnn
-        backends += [torch.backends.cuda.matmul, cudnn.conv, cudnn.rnn]
+        wanted += [(backend, precision) for backend in (torch.backends.cuda.matmul, cudnn.conv, cudnn.rnn)]
     with ExitStack() as stack:
-        for backend in backends:
-            stack.enter_context(_attribute(backend, "fp32_precision", precision))
+        for backend, value in wanted:
+            stack.enter_context(_attribute(backend, "fp32_precision", value))
         yield
 
 
