@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
+from functools import cached_property
 from math import prod
 from typing import Any
 
@@ -60,7 +61,7 @@ class Case:
     def dtype(self) -> str:
         return str(self.fields.get("dtype", ""))
 
-    @property
+    @cached_property
     def words(self) -> dict[str, str]:
         """Fields that name a choice (layout, direction, kind of cell, causal or not); the library, where known."""
         words = {
@@ -70,7 +71,7 @@ class Case:
         }
         return {**words, "library": self.library} if self.library else words
 
-    @property
+    @cached_property
     def library(self) -> str:
         """That computes it, where PyTorch's rule is known: convolutions on a CPU by the default route."""
         place = self.place
@@ -85,7 +86,7 @@ class Case:
     def sizes(self) -> dict[str, float]:
         return {name: float(v) for name, v in self.fields.items() if not isinstance(v, bool | str)}
 
-    @property
+    @cached_property
     def product(self) -> dict[str, float]:
         """`m, n, k` of the matrix product the operation amounts to, by the fields it has; empty where to none."""
         given: Any = self.fields

@@ -23,7 +23,6 @@ MOST_POINTS = 1500
 LEVEL = 1.0  # variance of the unknown mean
 AT_ONCE = 512  # points that are predicted together
 OUTLYING = 2.0
-OUTLIER_ROUNDS = 3
 COVERAGE = 0.8
 FOLDS = 3
 FEW_POINTS_WIDTH = 2.0  # instead of 1.28: too few points to check
@@ -71,17 +70,15 @@ class Regression:
         """Of the covariance of the points, where those that stand out have noise of their own.
 
         A point farther than `OUTLYING` standard deviations from what all others say of it (in closed form from the
-        inverse: Rasmussen and Williams 5.4.2) was disturbed: its noise grows until it no longer stands out.
+        inverse: Rasmussen and Williams 5.4.2) was disturbed: it has as much more noise as keeps it from standing out.
         """
         covariance = self._between(x, x)
         covariance[np.diag_indices(len(x))] += self._noise(self._parameters)
-        inverse, extra = np.linalg.inv(covariance), np.zeros(len(x))
-        for _ in range(OUTLIER_ROUNDS):
-            variance = 1.0 / np.diag(inverse)
-            off = (inverse @ values) * variance
-            extra = np.maximum(off**2 - OUTLYING**2 * (variance - extra), 0.0)
-            inverse = np.linalg.inv(covariance + np.diag(extra))
-        return inverse
+        inverse = np.linalg.inv(covariance)
+        variance = 1.0 / np.diag(inverse)
+        off = (inverse @ values) * variance
+        covariance[np.diag_indices(len(x))] += np.maximum(off**2 - OUTLYING**2 * variance, 0.0)
+        return np.linalg.inv(covariance)
 
     def _set_prior(self) -> None:
         """Logarithms of a length per column, a height, for each part; of the noise."""
