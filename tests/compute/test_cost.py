@@ -243,6 +243,46 @@ def test_regression_goes_through_exact_points_and_knows_where_it_does_not_know()
     assert half_width[1] > 10 * half_width[0]
 
 
+def test_a_disturbed_row_does_not_bend_its_neighbourhood():
+    """One of 60 points on a line was measured while another program ran: 1.6 times as long."""
+    x = np.linspace(-2, 2, 60)[:, None]
+    y = x[:, 0].copy()
+    y[30] += np.log(1.6)
+    mean, _ = Regression(x, y)(x[28:33])
+    assert np.abs(mean - x[28:33, 0]).max() < 0.02
+
+
+def test_many_points_are_predicted_in_parts_as_together():
+    generator = np.random.default_rng(0)
+    x = generator.normal(size=(1100, 2))
+    regression = Regression(x[:40], x[:40].sum(axis=1) + 0.1 * generator.normal(size=40))
+    mean, half_width = regression(x)
+    alone = [regression(point[None, :]) for point in x[[0, 511, 512, 1099]]]
+    assert [float(m[0]) for m, _ in alone] == pytest.approx(mean[[0, 511, 512, 1099]])
+    assert [float(w[0]) for _, w in alone] == pytest.approx(half_width[[0, 511, 512, 1099]])
+
+
+def test_a_word_may_change_one_summand_alone():
+    """A direction that computes as fast as the other but moves three times the bytes."""
+    ops = [Conv2d(b, c, 28, 28, 64, k, k, 1, 1, 0, 0, "fp32", direction=d) for b in (1, 4, 16) for c in (1, 8, 64, 256)
+           for k in (1, 3) for d in ("forward", "input_gradient")]  # fmt: skip
+    cases = [Case.of(op) for op in ops]
+    moves = [3.0 if op.direction == "input_gradient" else 1.0 for op in ops]
+    times_s = np.array([LAUNCH_S + c.flops / (0.8 * PEAK) + m * c.bytes / BANDWIDTH for c, m in zip(cases, moves)])
+    fitted = efficiency.fit(cases, times_s, PEAK, BANDWIDTH)
+    assert np.median(np.abs(efficiency.seconds(fitted, cases, PEAK, BANDWIDTH) / times_s - 1)) < 0.05
+    forward, gradient = (fitted[f"times direction={d} of output"] for d in ("forward", "input_gradient"))
+    assert gradient / forward > 1.5 > fitted["times direction=input_gradient"] / fitted["times direction=forward"] > 0.7
+
+
+def test_operands_of_an_older_curve_share_what_it_says():
+    """Curves of the catalog have one memory share, and factors for computing and moving alike."""
+    case = Case.of(Conv2d(4, 8, 28, 28, 64, 3, 3, 1, 1, 1, 1, "fp32"))
+    parameters = {"efficiency": 0.5, "memory_share": 0.7, "launch_s": 1e-6, "times direction=forward": 1.3}
+    expected = 1e-6 + 1.3 * (case.flops / (0.5 * PEAK) + case.bytes / (0.7 * BANDWIDTH))
+    assert efficiency.seconds(parameters, [case], PEAK, BANDWIDTH)[0] == pytest.approx(expected)
+
+
 @pytest.fixture(scope="module")
 def tables():
     try:
