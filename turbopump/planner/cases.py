@@ -85,7 +85,7 @@ class DecoderShape:
 
 @dataclass(frozen=True)
 class ParallelDims:
-    """How many ways each axis is split (the field's own names). `ep` splits the experts within dp ranks."""
+    """How many ways each axis is split (the field's own names). `ep` splits experts within the `dp` ranks."""
 
     pp: int = 1
     dp_replicate: int = 1
