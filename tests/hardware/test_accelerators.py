@@ -81,6 +81,14 @@ def test_published_products_stay_near_or_below_the_peak_of_their_device() -> Non
         assert 0.5 < flops_per_s / device(platform).flops_per_s["fp32"] < 1.1, platform
 
 
+@pytest.mark.skipif(not PUBLISHED.is_dir(), reason="the published tables are not beside this checkout")
+def test_published_best_rates_are_of_devices_of_the_catalog_and_below_their_peaks() -> None:
+    with (PUBLISHED / "matmul_achievable.csv").open() as file:
+        for row in csv.DictReader(file):
+            peak = device(row["accelerator"]).flops_per_s[row["dtype"]]
+            assert 0.4 < float(row["measured_tflops"]) * 1e12 / peak < 1, row["accelerator"]
+
+
 def test_every_entry_holds_and_is_found_by_all_its_names() -> None:
     assert len(names()) >= 45 and names() == sorted(names())
     for name in names():

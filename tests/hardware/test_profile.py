@@ -100,7 +100,12 @@ def test_not_json(tmp_path: Path, content: bytes) -> None:
 
 
 def test_lists_too_deep_to_read(tmp_path: Path) -> None:
-    for begin in (b"[", b'{"a":', b'{"schema": 1, "devices": [], "rows": [', b'{"schema": 1, "rows": [], "machine": {"a":['):
+    for begin in (
+        b"[",
+        b'{"a":',
+        b'{"schema": 1, "devices": [], "rows": [',
+        b'{"schema": 1, "rows": [], "machine": {"a":[',
+    ):
         (tmp_path / "machine.json").write_bytes(begin + b"[" * 100_000)
         with pytest.raises(ProfileError, match="not valid JSON"):
             load(tmp_path / "machine.json")

@@ -207,7 +207,7 @@ def _read(
     if problems:
         raise invalid(path, problems)
     other_names: dict[str, str] = {}
-    for key, name in ((key, name.lower()) for key in rows for name in _other_names(rows[key])):
+    for key, name in [(entry, name.lower()) for entry in rows for name in _other_names(rows[entry])]:
         if other_names.setdefault(name, key) != key or (name in rows and name != key):
             raise invalid(path, [f"{key}: the name {name!r} belongs to another entry too: names must differ"])
     return Catalog({key: make(rows[key]) for key in rows}, other_names)

@@ -56,6 +56,12 @@ def curves(path: Path | Traversable | None = None) -> tuple[Curve, ...]:
         problems += problems_of(row, CURVE_KEYS, needed, f"curve {number}")
     if problems:
         raise invalid(path, problems)
+    places: dict[tuple[str, ...], int] = {}
+    for number, row in enumerate(rows, 1):
+        first = places.setdefault((row["kind"], row["dtype"], row["relative"]), number)
+        if first != number:
+            twice = f"{row['kind']} {row['dtype']} of {row['relative']}"
+            raise invalid(path, [f"curve {number}: {twice} stands in curve {first} too: one of them is needed"])
     return tuple(
         Curve(row["kind"], row["dtype"], {key: float(value) for key, value in row["parameters"].items()},
               row["relative"], row["source"], row.get("error"))
