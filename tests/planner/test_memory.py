@@ -86,6 +86,14 @@ def test_experts_divide_by_expert_parallelism() -> None:
     assert whole.weights[0, 0] == pytest.approx(4 * shape.params)
 
 
+def test_rare_or_coarse_exchanges_keep_more_for_it() -> None:
+    plain, coarse, rare = (
+        use_of(replace(CASE, synchronisation=kind)) for kind in ("synchronous", "quantized", "local")
+    )  # type: ignore[arg-type]
+    assert coarse.optimizer[0, 0] / plain.optimizer[0, 0] == pytest.approx(1.5)
+    assert rare.optimizer[0, 0] / plain.optimizer[0, 0] == pytest.approx(2)
+
+
 def test_a_pipeline_that_does_not_reshard_holds_whole_gradients() -> None:
     case = replace(CASE, dims=ParallelDims(pp=2, dp_shard=8))
     held = use_of(replace(case, reshard_after_forward=False)).gradients
