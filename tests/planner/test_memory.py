@@ -13,8 +13,8 @@ from turbopump.models.transformer.config import TransformerConfig
 from turbopump.models.transformer.workload import workload
 from turbopump.planner import memory_tables
 from turbopump.planner.cases import Case, Cases, DecoderShape, ParallelDims
-from turbopump.planner.relief import does_not_fit, smallest_that_fits
 from turbopump.planner.memory import FRAGMENTATION, GIB, PARTS, SOFTWARE, MemoryUse, memory_bytes
+from turbopump.planner.relief import does_not_fit, smallest_that_fits
 
 PUBLISHED = Path(__file__).parents[2].parent / "shared" / "published"
 MEGATRON = SOFTWARE["megatron"]
