@@ -105,13 +105,13 @@ def _directory() -> tempfile.TemporaryDirectory[str]:
 @contextmanager
 def _compiling() -> Iterator[None]:
     """Inductor in its own directory, silent, with graphs that may be run backward many times; all put back."""
+    before = {name: os.environ.get(name) for name in VARIABLES}  # importing inductor changes them too
     import torch._dynamo as dynamo  # these take a second to import
     import torch._functorch.config
     import torch._inductor.config
 
     inductor: Any = torch._inductor.config
     functorch: Any = torch._functorch.config
-    before = {name: os.environ.get(name) for name in VARIABLES}
     os.environ[CACHE_VARIABLE] = _directory().name
     try:
         with (
