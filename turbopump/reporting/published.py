@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from turbopump.compute import deepbench
-from turbopump.core.errors import DatasetError
+from turbopump.core.errors import UsageError
 from turbopump.core.units import human, human_seconds
 from turbopump.core.workload import Op
 from turbopump.hardware.profile import MachineProfile, Measurement
@@ -37,7 +37,7 @@ class Published:
 
 
 def read(directory: Path) -> list[Published]:
-    """All times of the tables there are; raises `DatasetError` where there are none, or not in this form."""
+    """All times of the tables there are; raises `UsageError` where there are none, or not in this form."""
     readers: dict[str, Callable[[Line, str], Iterator[tuple[Op, float]]]] = {
         "gemm": _gemm, "conv": _convolution, "rnn": _recurrent,
     }  # fmt: skip
@@ -52,10 +52,11 @@ def read(directory: Path) -> list[Published]:
                     for op, seconds in reader(line, DTYPES[line["precision"]]):
                         found.append(Published(f"{line['platform']} {line['precision']}", op, seconds))
         except (KeyError, ValueError, TypeError, UnicodeDecodeError) as error:
-            raise DatasetError(f"{path} is not in the form of docs/probe.md: {type(error).__name__} {error}") from error
+            raise UsageError(f"--published: {path} is not in the form of docs/probe.md: {type(error).__name__} "
+                             f"{error}") from error  # fmt: skip
     if not found:
-        raise DatasetError(f"no DeepBench tables in {directory}: deepbench_gemm.csv, deepbench_conv.csv and "
-                           "deepbench_rnn.csv are looked for, in the form of docs/probe.md")  # fmt: skip
+        raise UsageError(f"--published: no DeepBench tables in {directory}: give a directory with deepbench_gemm.csv, "
+                         "deepbench_conv.csv or deepbench_rnn.csv, in the form of docs/probe.md")  # fmt: skip
     return found
 
 
