@@ -102,7 +102,7 @@ def probe(
         from turbopump.compute.advice import format_advice
 
         found = verb.advise(advice, output, overrides)
-        print(to_json(found, indent=True).decode().rstrip() if json else format_advice(found, str(advice)))
+        print(to_json(found, indent=True).decode().rstrip() if json else format_advice(found, str(advice), columns))
         return
     tables = read_published(published) if published is not None else []  # before minutes of measuring
     if overrides and recipe is None:
