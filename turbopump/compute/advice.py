@@ -303,13 +303,11 @@ def format_advice(advice: Advice, recipe: str = "RECIPE", columns: int = 80) -> 
     """The advice as text of at most `columns` (72 to 100), ordered by gain; says what is not known."""
     width = max(TABLE, min(columns, WIDEST))
     if not advice.step_s:
-        text = (
-            f"nothing is known of {advice.workload} on {advice.machine}: probe --for {recipe} measures its operations"
-        )
+        text = f"nothing is known of {advice.workload} on {advice.machine}: probe --for {recipe} measures it"
         return "\n".join(_folded(printable(text), width))
     lines = [
         f"{advice.workload} in {advice.dtype} on {advice.machine}, {advice.threads} thread"
-        f"{'s' if advice.threads != 1 else ''}: a step's operations take {human_seconds(advice.step_s)} by PyTorch's defaults",
+        f"{'s' * (advice.threads != 1)}: a step's operations take {human_seconds(advice.step_s)} by PyTorch's defaults",
         *_known(advice, recipe), "",
     ]  # fmt: skip
     exact = [c for c in advice.changes if c.exact and c.pays]
