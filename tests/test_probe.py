@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.conftest import RECIPE
 from tests.fake_domains import Fake, products
 from turbopump import probe as verb
 from turbopump.compute import deepbench
@@ -401,25 +402,10 @@ def test_durations_that_are_none(text):
 
 # ---- recipes
 
-RECIPE = """
-name = "lm"
-num_steps = 6
-global_batch = 8
-[model]
-kind = "transformer"
-num_layers = 1
-hidden_size = 16
-num_heads = 2
-[data]
-kind = "tokens"
-path = "texts"
-seq_len = 16
-"""
-
 
 @pytest.fixture
 def recipe(output):
-    pack(iter(["the quick brown fox " * 50] * 4), "texts")
+    pack(iter(["the quick brown fox " * 50] * 4), "datasets/text")
     output.with_name("lm.toml").write_text(RECIPE)
     return output.parent
 

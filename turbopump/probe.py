@@ -201,12 +201,16 @@ def _load_benches(domains: Sequence[Domain]) -> dict[str, Bench]:
 
 def _device(asked: str | None) -> str:
     """What computes: as asked, or a GPU where PyTorch sees one."""
+    if asked == "cpu":
+        return asked
     import torch
 
-    if asked == "cuda" and not torch.cuda.is_available():
+    if torch.cuda.is_available():
+        return "cuda"
+    if asked == "cuda":
         raise UsageError("device: 'cuda' given, but PyTorch sees no CUDA device here: use cpu, or a CUDA build of "
                          "PyTorch and a driver that fits it")  # fmt: skip
-    return asked or ("cuda" if torch.cuda.is_available() else "cpu")
+    return "cpu"
 
 
 def _max_ranks(place: Here) -> int:
