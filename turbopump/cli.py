@@ -39,13 +39,13 @@ Flag = Annotated[bool, Parameter(negative=(), show_default=False)]
 def probe(
     *overrides: str,
     budget: str = "5m",
-    only: Annotated[str, Parameter(show_default=False)] = "",
+    only: str | None = None,
     suite: Literal["generic", "deepbench"] = "generic",
     recipe: Annotated[Path | None, Parameter(name="--for")] = None,
     advice: Path | None = None,
     published: Path | None = None,
     output: Path = Path("machine.json"),
-    threads: Annotated[str, Parameter(show_default=False)] = "",
+    threads: str | None = None,
     directory: Path | None = None,
     device: Literal["cpu", "cuda"] | None = None,
     overwrite: Flag = False,
@@ -102,7 +102,7 @@ def probe(
         from turbopump.compute.advice import format_advice
 
         found = verb.advise(advice, output, overrides)
-        print(to_json(found, indent=True).decode().rstrip() if json else format_advice(found, str(advice)))
+        print(to_json(found, indent=True).decode().rstrip() if json else format_advice(found, str(advice), columns))
         return
     tables = read_published(published) if published is not None else []  # before minutes of measuring
     if overrides and recipe is None:
@@ -111,9 +111,9 @@ def probe(
     line = _ProbeLine(quiet or json)
     try:
         profile = verb.probe(
-            output, budget_s=parse_seconds(budget, "--budget"), only=_parts(only), suite=suite, recipe=recipe,
-            overrides=overrides, threads=[_count(text, "--threads") for text in _parts(threads)], directory=directory,
-            device=device, overwrite=overwrite, progress=line, finished=outcomes.append,
+            output, budget_s=parse_seconds(budget, "--budget"), only=_parts(only, "--only"), suite=suite, recipe=recipe,
+            overrides=overrides, threads=[_count(text, "--threads") for text in _parts(threads, "--threads")],
+            directory=directory, device=device, overwrite=overwrite, progress=line, finished=outcomes.append,
         )  # fmt: skip
     finally:
         line.clear()
@@ -127,9 +127,12 @@ def probe(
         raise TurbopumpError(f"{'; '.join(failures)}. What could be measured is in {output}")
 
 
-def _parts(given: str) -> list[str]:
-    """The parts of an option given as `a,b`."""
-    return [part.strip() for part in given.split(",") if part.strip()]
+def _parts(given: str | None, option: str) -> list[str]:
+    """The parts of an option given as `a,b`; none where it was not given."""
+    parts = [part.strip() for part in given.split(",")] if given is not None else []
+    if not all(parts):
+        raise UsageError(f"{option}: {given!r} given, where a part is empty: give names or numbers, as in a,b")
+    return parts
 
 
 def _count(text: str, option: str) -> int:

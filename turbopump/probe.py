@@ -13,6 +13,7 @@ import importlib
 import signal
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -105,7 +106,7 @@ def probe(
     existing = _existing(output, overwrite)
     ops = recipe_ops(recipe, overrides) if recipe is not None else ()
     benches = domains if domains is not None else _load_benches(request.domains)
-    place = here(device or _device())
+    place = here(_device(device))
     request = replace(request, ops=ops, device=next(iter(place.devices)), max_ranks=_max_ranks(place))
     header = Header(place.name, place.fingerprint, place.software, str(request.directory.resolve()), _now())
     with Journal(journal_path(output), header, discard_foreign=overwrite) as journal:
@@ -198,10 +199,18 @@ def _load_benches(domains: Sequence[Domain]) -> dict[str, Bench]:
     return {name: importlib.import_module(module) for name, module in wanted.items()}
 
 
-def _device() -> str:
+def _device(asked: str | None) -> str:
+    """What computes: as asked, or a GPU where PyTorch sees one."""
+    if asked == "cpu":
+        return asked
     import torch
 
-    return "cuda" if torch.cuda.is_available() else "cpu"
+    if torch.cuda.is_available():
+        return "cuda"
+    if asked == "cuda":
+        raise UsageError("device: 'cuda' given, but PyTorch sees no CUDA device here: use cpu, or a CUDA build of "
+                         "PyTorch and a driver that fits it")  # fmt: skip
+    return "cpu"
 
 
 def _max_ranks(place: Here) -> int:
@@ -245,7 +254,7 @@ def _finish(
     overwrite: bool,
 ) -> Outcome:  # fmt: skip
     """Join the rows with those of the file that is there, and write it unless what is there is better."""
-    if not session.rows:
+    if not any(row.works for row in session.rows.values()):
         journal.remove()
         raise _nothing_measured(session, budget_s)
     new = tuple(session.rows.values())
@@ -278,8 +287,10 @@ def _write_page(profile: MachineProfile, output: Path) -> Path:
 
 
 def _nothing_measured(session: Session, budget_s: float) -> TurbopumpError:
-    if session.failures:
-        return TurbopumpError("nothing could be measured: " + "; ".join(_failures(session)))
+    problems = Counter(row.problem for row in session.rows.values())
+    if session.failures or problems:
+        said = [*_failures(session), *(f"{count} rows: {problem}" for problem, count in problems.most_common(3))]
+        return TurbopumpError("nothing could be measured. " + "; ".join(said))
     if not session.total:
         return UsageError(f"there is nothing to measure of {', '.join(session.request.domains)} on this machine: ask "
                           f"for others of {', '.join(DOMAINS)}")  # fmt: skip

@@ -241,7 +241,7 @@ def load(path: Path | str) -> MachineProfile:
     try:
         profile: MachineProfile = from_json_as(data, MachineProfile)
     except ValueError as error:
-        raise ProfileError(f"{path} is not a valid machine file: {error}") from error
+        raise ProfileError(f"{path} is not a valid machine file ({error}): probe the machine again") from error
     return profile
 
 
