@@ -18,7 +18,7 @@ import numpy as np
 import numpy.typing as npt
 
 from turbopump.compute import efficiency
-from turbopump.compute.features import Case, Columns
+from turbopump.compute.features import Case, Columns, Place
 from turbopump.compute.regression import Regression
 from turbopump.core.errors import CatalogError, ProfileError
 from turbopump.core.workload import Op
@@ -95,6 +95,7 @@ class ComputeCost:
 
     def __init__(self, profile: MachineProfile, *, threads: int = 1, device: str = "cpu") -> None:
         rows = _rows(profile, threads, device)
+        self._threads, self._device = threads, device
         self._spec = next((d for d in profile.devices if d.name == device), next(iter(profile.devices), None))
         self._curves = profile.curves
         if not rows and (self._spec is None or not self._spec.flops_per_s):
@@ -162,7 +163,8 @@ class ComputeCost:
 
     def _by_route(self, ops: Sequence[Op], route: str) -> list[Prediction]:
         """Predictions of operations of one kind and dtype."""
-        cases = [Case.of(op) for op in ops]
+        place = Place(self._device, self._threads, route)
+        cases = [Case.of(op, place) for op in ops]
         model = self._model(cases[0].kind, cases[0].dtype, route)
         found: list[Prediction | None] = [self._measured(op, route) for op in ops]
         asked = [i for i, case in enumerate(cases) if not found[i] and model and model.interpolates(case)]

@@ -1,17 +1,19 @@
 """A device's speed in a few numbers: what is left of its peak at a given size.
 
-    seconds = launch + steps * step + (flops / (peak * efficiency) * (1 + half_m / m) (1 + half_n / n) (1 + half_k / k)
-              + bytes / (bandwidth * memory_share)) * times
+    seconds = launch + steps * step + flops / (peak * efficiency) * (1 + half_m / m) (1 + half_n / n) (1 + half_k / k)
+              + the sum over operands of bytes / (bandwidth * memory_share)
 
 `half_m` is the m at which half the efficiency is lost (Hockney's n_1/2, 1983, of each dim of the product that the
-operation amounts to); `times` are factors of layouts, directions and the like. The same formula is the trend beneath
-the interpolation of measured rows (peak = the best rate measured), and, with a data sheet's peak, the prediction for a
-machine that nobody measured, from the numbers of a relative.
+operation amounts to); FLOPs are those computed, padding included. Each summand has factors (`times`) of its own for
+layouts, directions, libraries: a gradient may compute as fast as its forward and move more. The same formula is the
+trend beneath the interpolation of measured rows (peak = the best rate measured), and, with a data sheet's peak, the
+prediction for a machine that nobody measured, from the numbers of a relative.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -23,15 +25,23 @@ SCATTER = 0.2  # of log seconds about the formula, against which the prior is we
 ROUNDS = 60
 DIMS = ("m", "n", "k")
 _UNSEEN = 1e12  # of a dim that an operation does not have: no efficiency is lost to it
+WORD_SPREAD = 0.5
+_FIXED = ("launch", "steps")  # summands that no amount of work changes
 
 
 class _Terms:
     """What the formula needs of each case."""
 
     def __init__(self, cases: Sequence[Case]) -> None:
-        self.flops = np.array([case.flops for case in cases])
-        self.bytes = np.array([case.bytes for case in cases])
-        self.steps = np.array([case.steps for case in cases])
+        operands = [case.operands for case in cases]
+        amounts = {
+            "launch": np.ones(len(cases)),
+            "steps": np.array([case.steps for case in cases]),
+            "flops": np.array([case.computed_flops for case in cases]),
+            **{name: np.array([given.get(name, 0.0) for given in operands])
+               for name in sorted({name for given in operands for name in given})},
+        }  # fmt: skip
+        self.amounts = {name: amount for name, amount in amounts.items() if amount.any()}
         products = [case.product for case in cases]
         self.dims = {dim: np.array([max(p.get(dim, _UNSEEN), 1e-3) for p in products]) for dim in DIMS}
         words = [case.words for case in cases]
@@ -39,23 +49,38 @@ class _Terms:
                       for name, value in sorted({item for row in words for item in row.items()})}  # fmt: skip
 
 
+def _each_s(parameters: Mapping[str, float], summand: str, peak: float, bandwidth: float) -> float:
+    """Seconds of one launch, step, FLOP or byte. Operands share a `memory_share` where they have none of their own."""
+    if summand in _FIXED:
+        return parameters.get({"launch": "launch_s", "steps": "step_s"}[summand], 0.0)
+    if summand == "flops":
+        return 1.0 / (peak * parameters.get("efficiency", 1.0))
+    share = parameters.get(f"memory_share of {summand}", parameters.get("memory_share", 1.0))
+    return 1.0 / (bandwidth * share)
+
+
+def _of(word: str, summand: str) -> str:
+    """The name of a word's factor."""
+    return word if summand == "flops" else f"{word} of {summand}"
+
+
+def _times(parameters: Mapping[str, float], word: str, summand: str) -> float:
+    """A word's factor; operands without one of their own have that of the FLOPs."""
+    return parameters.get(_of(word, summand), 1.0 if summand in _FIXED else parameters.get(word, 1.0))
+
+
 def _parts(parameters: Mapping[str, float], terms: _Terms, peak: float, bandwidth: float) -> dict[str, Array]:
     """Seconds of each summand, by case."""
-    lost = np.ones(len(terms.flops))
+    parts = {}
+    for summand, amount in terms.amounts.items():
+        part = amount * _each_s(parameters, summand, peak, bandwidth)
+        for word, present in terms.words.items():
+            part = part * np.where(present > 0, _times(parameters, word, summand), 1.0)
+        parts[summand] = part
     for dim, values in terms.dims.items():
-        lost = lost * (1.0 + parameters.get(f"half_{dim}", 0.0) / values)
-    times = np.ones(len(terms.flops))
-    for name, present in terms.words.items():
-        times = times * np.where(present > 0, parameters.get(name, 1.0), 1.0)
-    computing = np.zeros(len(terms.flops))
-    if terms.flops.any():
-        computing = terms.flops / (peak * parameters.get("efficiency", 1.0))
-    return {
-        "launch": np.full(len(terms.flops), parameters.get("launch_s", 0.0)),
-        "steps": terms.steps * parameters.get("step_s", 0.0),
-        "flops": computing * lost * times,
-        "bytes": terms.bytes / (bandwidth * parameters.get("memory_share", 1.0)) * times,
-    }
+        if "flops" in parts:
+            parts["flops"] = parts["flops"] * (1.0 + parameters.get(f"half_{dim}", 0.0) / values)
+    return parts
 
 
 def seconds(parameters: Mapping[str, float], cases: Sequence[Case], peak: float, bandwidth: float) -> Array:
@@ -71,9 +96,10 @@ def fit(cases: Sequence[Case], times_s: Array, peak: float, bandwidth: float) ->
     kernel, about a broad prior since a handful of rows does not tell all numbers apart; Levenberg's damping.
     """
     terms, log_s = _Terms(cases), np.log(times_s)
-    names, prior, spread = _prior(terms, times_s)
+    unknown = _unknown(terms, times_s)
+    prior, spread = np.log([u.expected for u in unknown]), np.array([u.spread for u in unknown])
     values, damping = prior.copy(), 1e-2
-    jacobian, off = _linear(names, values, terms, log_s, peak, bandwidth)
+    jacobian, off = _linear(unknown, values, terms, log_s, peak, bandwidth)
     best = _total(off, values, prior, spread)
     for _ in range(ROUNDS):
         weights = 1.0 / np.sqrt(1.0 + (off / SCATTER) ** 2) / SCATTER**2
@@ -81,7 +107,7 @@ def fit(cases: Sequence[Case], times_s: Array, peak: float, bandwidth: float) ->
         slope = jacobian.T @ (weights * off) + (values - prior) / spread**2
         step = np.linalg.solve(curvature + damping * np.diag(np.diag(curvature)), slope)
         trial = values - np.clip(step, -1.0, 1.0)
-        new_jacobian, new_off = _linear(names, trial, terms, log_s, peak, bandwidth)
+        new_jacobian, new_off = _linear(unknown, trial, terms, log_s, peak, bandwidth)
         total = _total(new_off, trial, prior, spread)
         if total < best:
             gained, best = best - total, total
@@ -92,7 +118,7 @@ def fit(cases: Sequence[Case], times_s: Array, peak: float, bandwidth: float) ->
             damping *= 4
             if damping > 1e8:
                 break
-    return {name: float(np.exp(value)) for name, value in zip(names, values)}
+    return {u.name: float(np.exp(value)) for u, value in zip(unknown, values)}
 
 
 def _total(off: Array, values: Array, prior: Array, spread: Array) -> float:
@@ -100,40 +126,51 @@ def _total(off: Array, values: Array, prior: Array, spread: Array) -> float:
     return float(robust.sum() + (((values - prior) / spread) ** 2).sum())
 
 
-def _prior(terms: _Terms, times_s: Array) -> tuple[list[str], Array, Array]:
-    """Names of the parameters, logarithms of what is expected of them, and how wide the expectation is."""
-    rows = [("launch_s", float(times_s.min()) / 2, 1.0)]
-    if terms.steps.any():
-        stepping = terms.steps > 0
-        rows.append(("step_s", float((times_s[stepping] / terms.steps[stepping]).min()) / 2, 1.0))
-    if terms.flops.any():
-        rows.append(("efficiency", 0.8, 0.5))
-        rows += [(f"half_{dim}", 16.0, 1.5) for dim, values in terms.dims.items() if values.min() < _UNSEEN]
-    if terms.bytes.any():
-        rows.append(("memory_share", 0.7, 0.7))
-    rows += [(name, 1.0, 0.7) for name, present in terms.words.items() if 0 < present.sum() < len(times_s)]
-    return [name for name, _, _ in rows], np.log([value for _, value, _ in rows]), np.array([s for _, _, s in rows])
+class _Unknown(NamedTuple):
+    """A parameter: what is expected of it, how wide the expectation of its logarithm is, and what it changes."""
+
+    name: str
+    expected: float
+    spread: float
+    summand: str
+    sign: float = 1.0
+    """-1 where more of it means less time."""
+    word: str = ""
+    dim: str = ""
+
+
+def _unknown(terms: _Terms, times_s: Array) -> list[_Unknown]:
+    found = [_Unknown("launch_s", float(times_s.min()) / 2, 1.0, "launch")]
+    operands = [name for name in terms.amounts if name not in (*_FIXED, "flops")]
+    if "steps" in terms.amounts:
+        steps = terms.amounts["steps"]
+        found.append(_Unknown("step_s", float((times_s[steps > 0] / steps[steps > 0]).min()) / 2, 1.0, "steps"))
+    if "flops" in terms.amounts:
+        found.append(_Unknown("efficiency", 0.8, 0.5, "flops", -1.0))
+        found += [_Unknown(f"half_{dim}", 16.0, 1.5, "flops", dim=dim)
+                  for dim, values in terms.dims.items() if values.min() < _UNSEEN]  # fmt: skip
+    for name in operands:
+        share = "memory_share" if len(operands) == 1 else f"memory_share of {name}"
+        found.append(_Unknown(share, 0.7, 0.7, name, -1.0))
+    telling = [word for word, present in terms.words.items() if 0 < present.sum() < len(times_s)]
+    return found + [_Unknown(_of(word, name), 1.0, WORD_SPREAD, name, word=word)
+                    for word in telling for name in terms.amounts]  # fmt: skip
 
 
 def _linear(
-    names: Sequence[str], values: Array, terms: _Terms, log_s: Array, peak: float, bandwidth: float
+    unknown: Sequence[_Unknown], values: Array, terms: _Terms, log_s: Array, peak: float, bandwidth: float
 ) -> tuple[Array, Array]:
     """Derivatives of the logarithm of the seconds by the logarithm of each parameter, and how far it is off."""
-    parameters = {name: float(np.exp(value)) for name, value in zip(names, values)}
+    parameters = {u.name: float(np.exp(value)) for u, value in zip(unknown, values)}
     parts = _parts(parameters, terms, peak, bandwidth)
     total = sum(parts.values())
-    share = {name: part / total for name, part in parts.items()}
     columns = []
-    for name in names:
-        if name in ("launch_s", "step_s"):
-            columns.append(share["launch" if name == "launch_s" else "steps"])
-        elif name == "efficiency":
-            columns.append(-share["flops"])
-        elif name == "memory_share":
-            columns.append(-share["bytes"])
-        elif name.startswith("half_"):
-            loss = parameters[name] / terms.dims[name.removeprefix("half_")]
-            columns.append(share["flops"] * loss / (1.0 + loss))
-        else:
-            columns.append((share["flops"] + share["bytes"]) * terms.words[name])
+    for u in unknown:
+        column = u.sign * parts[u.summand] / total
+        if u.word:
+            column = column * terms.words[u.word]
+        if u.dim:
+            loss = parameters[u.name] / terms.dims[u.dim]
+            column = column * loss / (1.0 + loss)
+        columns.append(column)
     return np.stack(columns, axis=1), np.log(total) - log_s

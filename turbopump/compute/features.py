@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from turbopump.compute import on_cpu
 from turbopump.compute.ops import RNN_GATES
 from turbopump.core.workload import Op
 from turbopump.hardware.profile import Measurement, Scalar
@@ -27,23 +28,33 @@ NAMED = ("dtype",)  # rows of different dtypes are never mixed
 
 
 @dataclass(frozen=True)
+class Place:
+    """Where and how an operation is computed."""
+
+    device: str = ""
+    threads: int = 1
+    route: str = "default"
+
+
+@dataclass(frozen=True)
 class Case:
-    """An operation: its kind, its fields, its FLOPs and bytes."""
+    """An operation: its kind, its fields, its FLOPs and bytes, and where it is computed."""
 
     kind: str
     fields: Mapping[str, Scalar]
     flops: float
     bytes: float
+    place: Place = Place()
 
     @classmethod
-    def of(cls, op: Op) -> Case:
+    def of(cls, op: Op, place: Place = Place()) -> Case:
         cost = op.cost
         values = {f.name: getattr(op, f.name) for f in fields(op)}
-        return cls(type(op).__name__, values, cost.flops, cost.bytes)
+        return cls(type(op).__name__, values, cost.flops, cost.bytes, place)
 
     @classmethod
     def of_row(cls, row: Measurement) -> Case:
-        return cls(row.kind, row.op, row.flops, row.bytes)
+        return cls(row.kind, row.op, row.flops, row.bytes, Place(row.device, row.threads, row.route))
 
     @property
     def dtype(self) -> str:
@@ -51,12 +62,24 @@ class Case:
 
     @property
     def words(self) -> dict[str, str]:
-        """Fields that name a choice: layout, direction, kind of cell, causal or not."""
-        return {
+        """Fields that name a choice (layout, direction, kind of cell, causal or not); the library, where known."""
+        words = {
             name: str(value)
             for name, value in self.fields.items()
             if isinstance(value, bool | str) and name not in NAMED
         }
+        return {**words, "library": self.library} if self.library else words
+
+    @property
+    def library(self) -> str:
+        """That computes it, where PyTorch's rule is known: convolutions on a CPU by the default route."""
+        place = self.place
+        return on_cpu.library(self.fields, place.threads) if (place.device, place.route) == ("cpu", "default") else ""
+
+    @property
+    def computed_flops(self) -> float:
+        """With those of channels that are padded to fill a vector."""
+        return self.flops * on_cpu.padding(self.fields) if self.library == "onednn" else self.flops
 
     @property
     def sizes(self) -> dict[str, float]:
@@ -83,6 +106,21 @@ class Case:
         return {}
 
     @property
+    def operands(self) -> dict[str, float]:
+        """Bytes of each operand of a convolution; of other operations all together."""
+        product = self.product
+        if "out_channels" not in self.fields:
+            return {"bytes": self.bytes}
+        sizes = self.sizes
+        elements = {
+            "input": prod(sizes.get(name, 1.0) for name in ("batch", "in_channels", "height", "width", "length")),
+            "output": product["m"] * product["n"],
+            "weights": product["n"] * product["k"],
+        }
+        each = self.bytes / sum(elements.values())
+        return {name: count * each for name, count in elements.items()}
+
+    @property
     def steps(self) -> float:
         """Steps that must follow one another."""
         return float(self.fields.get("steps", self.fields.get("frames", 0)))
@@ -91,15 +129,11 @@ class Case:
 def _raw(case: Case) -> dict[str, float]:
     """Every number that may become a column, by a name that says how it is made."""
     raw = {f"size.{name}": value for name, value in case.sizes.items()}
-    product = case.product
-    raw |= {f"product.{name}": value for name, value in product.items()}
-    if "out_channels" in case.fields:  # which operand is the large one decides between algorithms
-        raw["output"], raw["weights"] = product["m"] * product["n"], product["n"] * product["k"]
-        raw["input"] = prod(case.sizes.get(name, 1.0) for name in ("batch", "in_channels", "height", "width", "length"))
+    raw |= {f"product.{name}": value for name, value in case.product.items()}
     if case.flops:
-        raw["flops"] = case.flops
-    if case.bytes:
-        raw["bytes"] = case.bytes
+        raw |= {"flops": case.flops, "computed": case.computed_flops}
+    if case.bytes:  # which operand is the large one decides between algorithms
+        raw |= {"bytes": case.bytes, **case.operands}
     return raw
 
 
