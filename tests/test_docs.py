@@ -30,8 +30,11 @@ NOT_RUN: dict[tuple[str, str], str] = {
     ("README.md", "$ turbopump pack stdlib"): (
         "is what `make demo` runs; tests/test_recipes.py makes a few steps of it"
     ),
-    ("README.md", "turbopump train recipes/convnet-digits.toml"): (
-        "takes minutes; tests/test_recipes.py and tests/dist run the same in short"
+    ("docs/probe.md", "$ turbopump probe --suite deepbench"): (
+        "takes an hour and tables that are not part of the project; tests/test_probe.py runs it on small ones"
+    ),
+    ("README.md", "turbopump probe"): (
+        "takes minutes; tests/test_probe.py, tests/test_recipes.py and tests/dist run the same in short"
     ),
 }  # fmt: skip
 

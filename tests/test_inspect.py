@@ -2,15 +2,18 @@
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import save_file
 
+from tests.synthetic_profile import ONEDNN, build, datasheet
 from turbopump.core.checkpoint_store import latest
-from turbopump.core.errors import CorruptCheckpointError, CorruptDataError, UsageError
+from turbopump.core.errors import CorruptCheckpointError, CorruptDataError, ProfileError, UsageError
 from turbopump.core.rundir import RunDir
+from turbopump.hardware.profile import save
 from turbopump.inspect import format_facts, inspect
 
 
@@ -124,3 +127,45 @@ def test_facts_as_lines() -> None:
         "  blocks                 [1, 2]",
     ]
     assert format_facts(facts).splitlines()[-3:] == ["  ... and 10 more (all with --json)", "rows", "  a_bytes 10 B"]
+
+
+def test_a_machine_file_says_its_peaks_and_how_far_to_trust_it(tmp_path, cli) -> None:
+    path = tmp_path / "machine.json"
+    profile = build()
+    save(profile, path)
+    facts = inspect(path, verify=True)
+    assert (facts["kind"], facts["provenance"], facts["verified"]) == ("machine", "measured", True)
+    best = {peak["dtype"]: peak for peak in facts["peaks"]}
+    assert best["fp32"]["route"] == ONEDNN and best["fp32"]["flops_per_s"] > 1e11
+    assert facts["memory_bytes_per_s"] < facts["cache_bytes_per_s"]
+    assert facts["rows"]["Gemm"] == 98 and facts["without_times"] == {"Gemm": 2}
+    assert json.loads(cli("inspect", str(path), "--json").out)["quality"] == facts["quality"]
+    said = cli("inspect", str(path), "--verify").out
+    assert "dtype fp32  flops_per_s 181 GFLOP/s" in said and "page cache could not be dropped" in said
+
+
+def test_a_machine_file_of_figures_that_cannot_be_is_refused(tmp_path, cli) -> None:
+    path = tmp_path / "machine.json"
+    profile = build(("memory",))
+    save(replace(profile, rows=(replace(profile.rows[0], median_s=-1.0), *profile.rows[1:])), path)
+    assert inspect(path)["rows"]["MemoryCopy"] == 16  # shown, until it is asked to verify
+    with pytest.raises(ProfileError, match=r"(?s)cannot be: probe the machine again.*row 0 .*median_s is -1"):
+        inspect(path, verify=True)
+    said = cli("inspect", str(path), "--verify")
+    assert said.code == 2 and "no positive time" in said.err and "Traceback" not in said.err
+
+
+def test_machine_files_of_another_schema_and_of_nothing_measured(tmp_path) -> None:
+    path = tmp_path / "machine.json"
+    save(replace(build(), schema=99), path)
+    with pytest.raises(ProfileError, match="schema 99"):
+        inspect(path)
+    save(datasheet(), path)
+    facts = inspect(path, verify=True)
+    assert (
+        facts["peaks"] == []
+        and {"device": "NVIDIA H100 SXM", "dtype": "bf16", "flops_per_s": 989e12} in facts["on_paper"]
+    )
+    assert facts["memory_bytes_per_s"] == 3.35e12 and facts["curves"] == 6
+    (tmp_path / "rows.json").write_text('{"rows": [], "benchmark": "probe"}')
+    assert inspect(tmp_path / "rows.json")["kind"] == "json"  # any other file of JSON stays one

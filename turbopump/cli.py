@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import sys
 import time
@@ -13,11 +14,14 @@ from typing import TYPE_CHECKING, Annotated, Literal
 from cyclopts import App, CycloptsError, Parameter
 
 from turbopump.core.errors import MissingDependencyError, TurbopumpError, UsageError
-from turbopump.core.units import human_bytes, human_seconds, printable
+from turbopump.core.files import to_json
+from turbopump.core.units import human_bytes, human_seconds, parse_seconds, printable
 from turbopump.core.version import VERSION
 
 if TYPE_CHECKING:
+    from turbopump.hardware.measuring import ProbeProgress
     from turbopump.pack import PackProgress
+    from turbopump.probe import Outcome
 
 app = App(
     name="turbopump",
@@ -29,6 +33,137 @@ app = App(
 )
 
 Flag = Annotated[bool, Parameter(negative=(), show_default=False)]
+
+
+@app.command
+def probe(
+    *overrides: str,
+    budget: str = "5m",
+    only: Annotated[str, Parameter(show_default=False)] = "",
+    suite: Literal["generic", "deepbench"] = "generic",
+    recipe: Annotated[Path | None, Parameter(name="--for")] = None,
+    advice: Path | None = None,
+    published: Path | None = None,
+    output: Path = Path("machine.json"),
+    threads: Annotated[str, Parameter(show_default=False)] = "",
+    directory: Path | None = None,
+    device: Literal["cpu", "cuda"] | None = None,
+    overwrite: Flag = False,
+    json: Flag = False,
+    quiet: Flag = False,
+) -> None:
+    """What this machine can do, per operation and library: machine.json, and probe.html to look at.
+
+    Examples:
+
+        turbopump probe
+        turbopump probe --budget 30s --only compute,comms
+        turbopump probe --for recipes/lm-stdlib.toml
+        turbopump probe --advice recipes/lm-stdlib.toml
+        turbopump probe --suite deepbench --published tables/ --budget 1h
+
+    Parameters
+    ----------
+    overrides
+        Settings that replace those of the recipe of --for or --advice: microbatch=8
+    budget
+        Time to spend: 30s, 5m, 1h. What it has no room for is listed.
+    only
+        Domains, e.g. compute,comms, of compute, memory, host, comms and data; default all.
+    suite
+        generic, or deepbench: the operations of Baidu's benchmark.
+    recipe
+        Measure the operations of this recipe first.
+    advice
+        Measure nothing: which route each operation of this recipe should take, by the rows of --output.
+    published
+        A directory of DeepBench's published tables (docs/probe.md): prints our times beside them.
+    output
+        The machine file: extended and refreshed if it is there.
+    threads
+        Threads of one process, e.g. 2,1; default what train would use, and 1.
+    directory
+        Where storage is measured; default that of --output.
+    device
+        cpu or cuda; default cuda where PyTorch sees one.
+    overwrite
+        Let noisy rows replace good ones, and the file of another machine be replaced.
+    json
+        Print machine.json.
+    quiet
+        Print nothing.
+    """
+    from turbopump import probe as verb
+    from turbopump.reporting.published import beside
+    from turbopump.reporting.published import read as read_published
+
+    columns = shutil.get_terminal_size().columns
+    if advice is not None:
+        from turbopump.compute.advice import format_advice
+
+        found = verb.advise(advice, output, overrides)
+        print(to_json(found, indent=True).decode().rstrip() if json else format_advice(found, str(advice)))
+        return
+    tables = read_published(published) if published is not None else []  # before minutes of measuring
+    if overrides and recipe is None:
+        raise UsageError(f"{overrides[0]!r} given, which is a setting of a recipe: name one with --for or --advice")
+    outcomes: list[Outcome] = []
+    line = _ProbeLine(quiet or json)
+    try:
+        profile = verb.probe(
+            output, budget_s=parse_seconds(budget, "--budget"), only=_parts(only), suite=suite, recipe=recipe,
+            overrides=overrides, threads=[_count(text, "--threads") for text in _parts(threads)], directory=directory,
+            device=device, overwrite=overwrite, progress=line, finished=outcomes.append,
+        )  # fmt: skip
+    finally:
+        line.clear()
+    if json:
+        print(to_json(profile, indent=True).decode().rstrip())
+    elif not quiet:
+        print(verb.format_outcome(outcomes[0], columns))
+    if tables and not json:
+        print(beside(profile, tables, min(columns, 100)))
+    if failures := outcomes[0].failures:
+        raise TurbopumpError(f"{'; '.join(failures)}. What could be measured is in {output}")
+
+
+def _parts(given: str) -> list[str]:
+    """The parts of an option given as `a,b`."""
+    return [part.strip() for part in given.split(",") if part.strip()]
+
+
+def _count(text: str, option: str) -> int:
+    if not text.isdecimal():
+        raise UsageError(f"{option}: {text!r} given, which is no number: e.g. {option} 2,1")
+    return int(text)
+
+
+class _ProbeLine:
+    """Progress of probe: one line rewritten on a terminal, a plain line every few seconds elsewhere."""
+
+    PLAIN_EVERY_S = 10.0
+
+    def __init__(self, quiet: bool) -> None:
+        self._terminal = sys.stdout.isatty() and os.environ.get("TERM") != "dumb"
+        self._quiet = quiet
+        self._shown_s = -self.PLAIN_EVERY_S
+        self._dirty = False
+
+    def __call__(self, progress: ProbeProgress) -> None:
+        if self._quiet or progress.elapsed_s - self._shown_s < (0.1 if self._terminal else self.PLAIN_EVERY_S):
+            return
+        self._shown_s = progress.elapsed_s
+        text = f"{progress.done}/{progress.total}  {human_seconds(progress.left_s)} left  {progress.doing}"
+        if not self._terminal:
+            print(text, flush=True)
+            return
+        columns = shutil.get_terminal_size().columns - 1
+        print(f"\r\x1b[K{text[:columns]}", end="", flush=True)
+        self._dirty = True
+
+    def clear(self) -> None:
+        if self._dirty:
+            print("\r\x1b[K", end="", flush=True)
 
 
 @app.command
@@ -318,7 +453,7 @@ def main(arguments: list[str] | None = None) -> int:
     return 0
 
 
-VERBS = ("train", "evaluate", "pack", "report", "inspect")
+VERBS = ("probe", "pack", "train", "evaluate", "report", "inspect")
 
 
 def _fail(message: str, exit_code: int) -> int:

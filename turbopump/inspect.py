@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 from turbopump.core.checkpoint_store import list_checkpoints, open_checkpoint, verify_checkpoint
 from turbopump.core.config import load, to_table
-from turbopump.core.errors import CorruptCheckpointError, UsageError
+from turbopump.core.errors import CorruptCheckpointError, ProfileError, UsageError
 from turbopump.core.files import from_json, read_json_lines, to_json
 from turbopump.core.rundir import RunDir
 from turbopump.core.spans import run_breakdown
@@ -16,12 +17,16 @@ from turbopump.core.tensor_file import read_layout
 from turbopump.core.units import human, human_bytes, human_seconds, printable
 from turbopump.data.describe import describe_dataset
 from turbopump.data.format import verify_dataset
+from turbopump.hardware import profile as machine_file
+from turbopump.hardware.sanity import oddities
 from turbopump.planner.summary import format_summary, misfits, summarize
+from turbopump.reporting.probe_rows import Setting, best_rates, dtype_order, main_settings, memory_roofs, op_words
 
 
 def inspect(path: Path | str, *, verify: bool = False) -> dict[str, Any]:
-    """Facts about the artefact at `path`, with its `kind` first; raises `UsageError` for what is none of ours and
-    `CorruptDataError` or `CorruptCheckpointError` where a checksum differs."""
+    """Facts about the artefact at `path`, with its `kind` first; raises `UsageError` for what is none of ours,
+    `CorruptDataError` or `CorruptCheckpointError` where a checksum differs, and `ProfileError` for a machine file of
+    another schema or, with `verify`, of figures that cannot be."""
     path = Path(path)
     if not path.exists():
         raise UsageError(f"nothing at {path}")
@@ -114,6 +119,57 @@ def _environment(path: Path) -> dict[str, Any]:
     return value if isinstance(value, dict) else {}
 
 
+def _is_machine(path: Path) -> bool:
+    """Whether it is a machine file, of whatever schema."""
+    if path.suffix != ".json":
+        return False
+    try:
+        table = from_json(path.read_bytes())
+    except (OSError, ValueError):
+        return False
+    return isinstance(table, dict) and {"schema", "rows", "provenance"} <= table.keys()
+
+
+def _machine(path: Path, verify: bool) -> dict[str, Any]:
+    profile = machine_file.load(path)
+    odd = oddities(profile) if verify else []
+    if odd:
+        more = f"\n  ... and {len(odd) - MAX_LINES} more" if len(odd) > MAX_LINES else ""
+        lines = "".join(f"\n  {printable(line)}" for line in odd[:MAX_LINES])
+        raise ProfileError(f"{path} holds figures that cannot be: probe the machine again{lines}{more}")
+    setting = next(iter(main_settings(profile)), Setting("cpu", 1))
+    memory, caches = memory_roofs(profile, setting)
+    return {
+        "name": profile.name, "provenance": profile.provenance, "date": profile.date, "schema": profile.schema,
+        "written_by": profile.written_by, "fingerprint": profile.fingerprint,
+        "peaks": _peaks(profile),
+        "on_paper": [{"device": device.name, "dtype": dtype, "flops_per_s": rate}
+                     for device in profile.devices for dtype, rate in device.flops_per_s.items()],
+        "memory_bytes_per_s": memory, "cache_bytes_per_s": caches,
+        "links": [{"name": link.name, "bytes_per_s": link.bytes_per_s, "latency_s": link.latency_s}
+                  for link in profile.links],
+        "storage": [{"name": s.name, "read_bytes_per_s": s.read_bytes_per_s, "random_reads_per_s": s.random_reads_per_s}
+                    for s in profile.storage],
+        "quality": dict(profile.quality), "uncertain": list(profile.uncertain),
+        "rows": dict(Counter(row.kind for row in profile.rows).most_common()),
+        "without_times": dict(Counter(row.kind for row in profile.rows if not row.works).most_common()),
+        "routes": len({row.route for row in profile.rows}) or None, "curves": len(profile.curves) or None,
+        "software": dict(profile.software), "left_out": list(profile.left_out), "verified": verify or None,
+    }  # fmt: skip
+
+
+def _peaks(profile: machine_file.MachineProfile) -> list[dict[str, Any]]:
+    """The best rate over all routes of each dtype, on each device and number of threads."""
+    best = best_rates(profile)
+    return [
+        {"dtype": dtype, "flops_per_s": peak.row.flops_per_s, "route": peak.route, "where": peak.setting.words,
+         "op": op_words(peak.row), "error": peak.row.error}
+        for dtype in dtype_order(d for _, d in best)
+        for (_, d), peak in best.items()
+        if d == dtype
+    ]  # fmt: skip
+
+
 def _json(path: Path, verify: bool) -> dict[str, Any]:
     try:
         return {"content": from_json(path.read_bytes())}
@@ -127,6 +183,7 @@ _KINDS: tuple[tuple[str, Callable[[Path], bool], Callable[[Path, bool], dict[str
     ("dataset", lambda p: (p / "manifest.json").exists(), _dataset),
     ("recipe", lambda p: p.suffix == ".toml", _recipe),
     ("weights", lambda p: p.suffix == ".safetensors", _weights),
+    ("machine", _is_machine, _machine),
     ("json", lambda p: p.suffix == ".json", _json),
 )
 
@@ -166,6 +223,8 @@ def _one_line(item: Any) -> str:
 def _readable(name: str, value: Any) -> str:
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         return _one_line(value)
+    if name.endswith(("flops_per_s", "bytes_per_s")):
+        return human(value, "FLOP/s" if "flops" in name else "B/s")
     if name.endswith("bytes"):
         return human_bytes(value)
     if name.endswith("_s") and not name.endswith("per_s"):

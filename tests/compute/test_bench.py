@@ -1,91 +1,203 @@
+import time
+from dataclasses import replace
+from pathlib import Path
+
 import pytest
 import torch
 
-from turbopump.compute import bench
+from tests.compute import sample_ops
+from turbopump.compute import bench, conditions, kernels, routes
+from turbopump.compute.kernels import Route
+from turbopump.compute.ops import Attention, Conv2d, Elementwise, Gather, Gemm, Launch, MemoryCopy, from_fields
 from turbopump.core.errors import UsageError
+from turbopump.core.files import from_json_as, to_json
+from turbopump.hardware.profile import Measurement, Request, Trial
+
+REQUEST = Request(row_s=0.001)
+SMALL = Gemm(20, 30, 40, "fp32")
+
+
+def far():
+    return time.monotonic() + 600
+
+
+def rows_of(trials, request=REQUEST):
+    return list(bench.measure(trials, request, far()))
 
 
 def settings_now():
-    return (torch.get_num_threads(), torch.backends.mkldnn.matmul.fp32_precision, torch.get_float32_matmul_precision(),
-            torch.backends.cuda.matmul.fp32_precision)  # fmt: skip
+    onednn = torch.backends.mkldnn
+    return torch.get_num_threads(), onednn.matmul.fp32_precision, torch._C._get_mkldnn_enabled()
 
 
-@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
-def test_peak_is_the_best_row_and_settings_are_put_back(dtype):
+def test_a_row_is_found_by_its_trial_and_gives_back_its_operation():
+    trials = [Trial(op, route.name) for op in sample_ops.ALL[::7] for route in routes.built_in(op, "cpu")]
     before = settings_now()
-    peak = bench.measure_peak(dtype, threads=1, budget_s=0.2)
+    rows = rows_of(trials)
     assert settings_now() == before
-    best = max(peak.rows, key=lambda row: row["flops_per_s"])
-    assert peak.dtype == dtype
-    assert peak.flops_per_s == best["flops_per_s"] > 1e8
-    assert peak.route == best["route"]
-    assert all(row["flops_per_s"] == 0 for row in peak.rows if row["problem"])
-    assert best["op"].startswith("Gemm(") and best["runs"] >= 2
+    assert [row.key for row in rows] == [trial.key for trial in trials]
+    assert [from_fields(row.kind, row.op) for row in rows] == [trial.op for trial in trials]
+    for row in rows:
+        assert row.works, row.problem
+        assert 0 < row.min_s <= row.median_s <= row.p90_s and row.library.startswith("torch ")
+        assert row.clock == "thread_cpu" and row.peak_share is None
+        assert from_json_as(to_json(row), Measurement) == row
+        if row.domain == "compute":
+            assert row.error < 0.05 and row.flushed_s > 0
+        else:
+            assert row.error is None and row.flushed_s is None
 
 
-def test_fp32_tries_both_libraries_and_takes_none_that_is_not_exact(monkeypatch):
-    routes = {row["route"] for row in bench.measure_peak("fp32", budget_s=0.1).rows}
-    assert routes == {"default", "mkldnn.matmul.fp32_precision=bf16"}
-    monkeypatch.setattr(bench, "_relative_error", lambda dtype, device: (
-        1e-3 if torch.backends.mkldnn.matmul.fp32_precision == "bf16" else 1e-7))  # fmt: skip
-    peak = bench.measure_peak("fp32", budget_s=0.1)  # as on a CPU with AMX, where the switch means bf16
-    assert peak.route == "default"
-    (refused,) = (row for row in peak.rows if row["route"] != "default")
-    assert refused["flops_per_s"] == 0 and "not exact fp32: relative error 1.0e-03" in refused["problem"]
+def test_domains():
+    ops = (SMALL, MemoryCopy(4096), Gather(4, 10, 64), Launch("add"))
+    assert [bench.domain(op) for op in ops] == ["compute", "memory", "memory", "host"]
+    for name in ("compute", "memory", "host"):
+        assert {bench.domain(t.op) for t in bench.trials(Request(domains=(name,)))} == {name}
+    assert bench.trials(Request(domains=("data",))) == []
 
 
-def test_relative_error_sees_the_dtype():
-    assert bench._relative_error("fp64", "cpu") < 1e-12
-    assert bench._relative_error("fp32", "cpu") < 2e-6
-    assert 1e-4 < bench._relative_error("bf16", "cpu") < 1e-2
+def test_the_least_fits_into_half_a_minute_and_tells_of_everything():
+    trials = bench.trials(Request(row_s=0.05))
+    first = [t for t in trials if t.tier == 0]
+    assert [t.tier for t in trials] == sorted(t.tier for t in trials)
+    assert len({t.key for t in trials}) == len(trials)
+    assert len(first) * (0.05 + 0.15) < 25
+    kinds = {type(t.op).__name__ for t in first}
+    assert kinds >= {"Gemm", "Conv2d", "Rnn", "Attention", "Fft", "Norm", "MemoryTriad", "Launch", "OptimizerStep"}
+    quarter = {type(t.op).__name__ for t in first[: len(first) // 2]}
+    assert len(quarter) >= 12  # the kinds take turns
+    assert {t.op.dtype for t in first if isinstance(t.op, Gemm)} == {"fp32", "bf16", "int8"}
+    assert 300 < sum(t.tier == 1 for t in trials) < 1500
 
 
-def test_a_dtype_that_does_not_run_is_a_row_not_an_error(monkeypatch):
-    def refuse(*_):
-        raise RuntimeError('"addmm_impl_cpu_" not implemented for this dtype\nstack of the library')
-
-    monkeypatch.setattr(bench.F, "linear", refuse)
-    peak = bench.measure_peak("bf16", budget_s=0.1)
-    assert peak.flops_per_s == 0 and peak.route == ""
-    assert peak.rows[0]["problem"].startswith("does not run") and "stack" not in peak.rows[0]["problem"]
-    dtype, rows = bench.fastest_compute(budget_s=0.05)
-    assert dtype == "fp32" and all("does not run" in row["problem"] for row in rows)
+def test_operations_of_a_recipe_come_first_with_all_routes():
+    conv = Conv2d(1, 2, 6, 6, 3, 3, 3, 1, 1, 1, 1, "fp32")
+    trials = bench.trials(Request(ops=(SMALL, conv, SMALL), threads=(1, 2)))
+    asked = [t for t in trials if t.op in (SMALL, conv) and t.tier == 0]
+    assert trials[: len(asked)] == asked
+    assert [t.route for t in asked[:2]] == ["default", "default"]
+    assert {t.route for t in asked if t.op == conv} >= {"default", "channels_last", "mkldnn.enabled=false"}
+    assert {t.threads for t in trials if t.op == SMALL} == {1, 2}
 
 
-@pytest.mark.parametrize("gain,expected", [(3.0, "bf16"), (1.1, "fp32"), (0.01, "fp32")])
-def test_bf16_is_chosen_only_where_clearly_faster(gain, expected, monkeypatch):
-    monkeypatch.setattr(bench, "_shortest_s", _fixed_times(gain))
+def test_all_thread_counts_are_measured_and_put_back():
+    trials = bench.trials(Request(threads=(1, 2)))
+    assert {t.threads for t in trials} == {1, 2} and all(t.tier for t in trials if t.threads == 2)
+    before = torch.get_num_threads()
+    (row,) = rows_of([Trial(SMALL, threads=2)])
+    assert row.threads == 2 and row.clock == "wall" and torch.get_num_threads() == before
+
+
+def test_deepbench_is_a_suite_of_its_own():
+    trials = bench.trials(Request(suite="deepbench"))
+    assert Gemm(16, 1760, 1760, "fp32", "nn") in {t.op for t in trials if t.tier == 0}
+    assert not any(isinstance(t.op, Attention) for t in trials)
+
+
+def test_no_trial_is_begun_that_cannot_end_in_time():
+    trials = [Trial(SMALL)] * 3
+    assert list(bench.measure(trials, REQUEST, time.monotonic())) == []
+    assert list(bench.measure(trials, Request(row_s=100.0), time.monotonic() + 50)) == []
+
+
+def test_what_no_longer_fits_is_passed_over_for_what_does(monkeypatch):
+    large = Gemm(500, 500, 500, "fp32")
+    monkeypatch.setattr(bench._Bench, "_call_s", lambda self, trial, route: 100.0 if trial.op == large else 0.0)
+    request = replace(REQUEST, ops=(large,))
+    rows = list(bench.measure([Trial(large), Trial(SMALL)], request, time.monotonic() + 60))
+    assert [from_fields(row.kind, row.op) for row in rows] == [SMALL]
+
+
+def test_a_core_that_others_use_makes_a_trial_longer(monkeypatch):
+    bench_of = bench._Bench(replace(REQUEST, ops=(SMALL,)))
+    monkeypatch.setattr(bench_of, "_call_s", lambda trial, route: 5.0)
+    assert bench_of.row(Trial(SMALL), time.monotonic() + 60) is not None
+    bench_of.slowdown = 10.0
+    assert bench_of.row(Trial(SMALL), time.monotonic() + 60) is None
+
+
+def test_long_calls_are_left_out_of_low_tiers_with_a_reason():
+    huge = Gemm(20_000, 20_000, 3_000, "fp32")
+    (row,) = rows_of([Trial(huge, tier=1)])
+    assert not row.works and "a call would take about" in row.problem and "allowed are 1 s" in row.problem
+    assert row.key == Trial(huge).key
+
+
+def test_what_does_not_fit_in_memory_is_left_out_with_a_reason(monkeypatch):
+    monkeypatch.setattr(conditions, "available_bytes", lambda device: 2**20)
+    (row,) = rows_of([Trial(Gemm(1000, 1000, 1000, "fp32"))])
+    assert "left out: needs about 24 MB" in row.problem and row.median_s is None
+    assert rows_of([Trial(SMALL)])[0].works
+
+
+def broken(message):
+    def function(op):
+        def run(*_):
+            raise RuntimeError(message)
+
+        return run
+
+    return function
+
+
+def test_what_does_not_run_is_a_row_that_says_so(monkeypatch):
+    monkeypatch.setattr(routes, "PLUGGED", (Route("broken", broken("no kernel\nstack")),))
     before = settings_now()
-    dtype, rows = bench.fastest_compute(budget_s=0.01)
-    assert dtype == expected and settings_now() == before
-    assert all(row["bf16_gain"] == pytest.approx(gain) for row in rows)
+    trials = [Trial(SMALL, "broken"), Trial(SMALL, "unheard of"), Trial(Gemm(4, 4, 4, "tf32")), Trial(SMALL)]
+    rows = rows_of(trials)
+    assert settings_now() == before
+    assert [row.problem for row in rows] == ["does not run: no kernel", "this machine has no route 'unheard of' for it",
+                                             "tf32 is a mode of CUDA devices", ""]  # fmt: skip
+    assert [row.works for row in rows] == [False, False, False, True]
 
 
-def _fixed_times(gain):
-    """A clock under which bf16 takes 1 / gain of fp32's second; the work itself runs."""
-
-    def shortest_s(run, device, budget_s, least=2):
-        seen = []
-        real = torch.autocast
-
-        class Watch(real):
-            def __init__(self, *args, **kwargs):
-                seen.append(kwargs["enabled"])
-                super().__init__(*args, **kwargs)
-
-        torch.autocast = Watch
-        try:
-            run()
-        finally:
-            torch.autocast = real
-        return (1 / gain if seen[0] else 1.0), 1
-
-    return shortest_s
+def test_wrong_results_do_not_count(monkeypatch):
+    zeros = Route("zeros", lambda op: lambda a, b: (a @ b) * float("nan"))
+    monkeypatch.setattr(routes, "PLUGGED", (zeros,))
+    (row,) = rows_of([Trial(SMALL, "zeros")])
+    assert not row.works and row.problem.startswith("wrong results here")
+    assert row.error is None and from_json_as(to_json(row), Measurement) == row
 
 
-def test_unknown_dtype_or_device_is_a_usage_error():
-    with pytest.raises(UsageError, match="use one of fp64, fp32, bf16, fp16"):
-        bench.measure_peak("int3")
-    if not torch.cuda.is_available():
-        with pytest.raises(UsageError, match="no CUDA device"):
-            bench.measure_peak("bf16", device="cuda")
+def test_a_device_that_vanishes_ends_the_rows_with_the_reason(monkeypatch):
+    monkeypatch.setattr(routes, "PLUGGED", (Route("gone", broken("device lost")),))
+    trials = [Trial(SMALL), Trial(SMALL, "gone"), Trial(SMALL)]
+    assert len(rows_of(trials)) == 3
+    monkeypatch.setattr(conditions, "alive", lambda device: False)
+    rows = rows_of(trials)
+    assert [row.problem for row in rows] == ["", "does not run: device lost"]
+
+
+def test_stopping_early_leaves_nothing_behind():
+    before = settings_now()
+    rows = bench.measure([Trial(SMALL, "mkldnn.matmul.fp32_precision=bf16", threads=2)] * 5, REQUEST, far())
+    next(rows)
+    assert settings_now() == before  # between rows, and when nobody asks for more
+    rows.close()
+    assert settings_now() == before
+
+
+def test_a_chain_that_stands_for_an_unknown_name_is_said():
+    (row,) = rows_of([Trial(Elementwise("of a plug-in", 500, 2, 1, "fp32"))])
+    assert "chain" in row.facts["stands_for"]
+    assert rows_of([Trial(Elementwise("relu", 500, 1, 1, "fp32"))])[0].facts == {}
+
+
+def test_a_device_that_does_not_exist_is_a_usage_error():
+    if torch.cuda.is_available():
+        pytest.skip("there is one here")
+    with pytest.raises(UsageError, match="no CUDA device"):
+        bench.trials(Request(device="cuda"))
+
+
+def test_a_vanished_directory_does_not_matter(tmp_path):
+    assert rows_of([Trial(SMALL)], replace(REQUEST, directory=Path(tmp_path / "gone")))[0].works
+
+
+def test_inputs_are_shared_by_the_routes_of_an_operation(monkeypatch):
+    drawn = []
+    real = kernels.inputs
+    monkeypatch.setattr(kernels, "inputs", lambda op, *rest: drawn.append(op) or real(op, *rest))
+    ways = [Trial(SMALL, name) for name in ("default", "mkldnn.matmul.fp32_precision=bf16")]
+    found = rows_of([*ways, *ways])
+    assert all(row.works for row in found) and len(drawn) <= 7

@@ -6,18 +6,27 @@ from hypothesis import strategies as st
 from torch.utils.flop_counter import FlopCounterMode
 
 from turbopump.compute.ops import (
+    OPS,
     Attention,
     BatchedGemm,
+    Conv1d,
     Conv2d,
     CrossEntropy,
     Ctc,
     Elementwise,
     Embedding,
+    Fft,
+    Gather,
     Gemm,
+    Launch,
+    MemoryCopy,
+    MemoryTriad,
     Norm,
     OptimizerStep,
     Rnn,
+    from_fields,
 )
+from turbopump.core.errors import ProfileError
 from turbopump.core.workload import OpCost
 
 SIZE = st.integers(1, 40)
@@ -95,6 +104,49 @@ def test_recurrent_layer(kind, layer, bidirectional):
     (OptimizerStep("adamw", 1000), 28_000),
     (OptimizerStep("momentum", 1000), 20_000),
     (OptimizerStep("sgd", 1000), 12_000),
+    (MemoryCopy(1000), 2000),
+    (MemoryTriad(1000), 3000),
+    (Gather(10, 1000, 64), 10 * (2 * 64 + 8)),
+    (Launch("add"), 0),
 ])  # fmt: skip
 def test_operations_that_only_move_bytes(op, expected):
     assert op.cost == OpCost(0.0, expected)
+
+
+@pytest.mark.parametrize("direction", ["forward", "input_gradient", "weight_gradient"])
+def test_a_line_costs_what_an_image_of_height_one_costs(direction):
+    op = Conv1d(2, 4, 31, 6, 5, 2, 2, "bf16", 2, direction)
+    x, w = torch.zeros(2, 4, 31), torch.zeros(6, 2, 5)
+    y = F.conv1d(x, w, stride=2, padding=2, groups=2)
+    assert y.shape[-1] == op.out_length
+    assert op.cost.flops == flops_of(lambda: F.conv1d(x, w, stride=2, padding=2, groups=2))
+    assert op.cost.bytes == 2 * (x.numel() + w.numel() + y.numel())
+    assert op.as_2d.direction == direction
+
+
+def test_transforms_count_by_their_convention():
+    assert Fft(3, 1024, "complex", "fp32").cost == OpCost(3 * 5 * 1024 * 10, 3 * 1024 * 2 * 2 * 4)
+    half = torch.fft.rfft2(torch.zeros(3, 16, 16))
+    plane = Fft(3, 16, "real", "fp32", 2)
+    assert plane.points == 256 and plane.cost == OpCost(3 * 2.5 * 256 * 8, 4 * (3 * 256 + 2 * half.numel()))
+
+
+@pytest.mark.parametrize("op", [Gemm(1, 2, 3, "fp32", "tn"), Rnn("gru", 1, 2, 3, 4, True, "bf16"), Launch("add"),
+                                Elementwise("anything", 5, 1, 1, "fp32")], ids=lambda op: op.key)  # fmt: skip
+def test_an_operation_from_the_fields_of_its_row(op):
+    assert from_fields(type(op).__name__, vars(op)) == op
+    assert OPS[type(op).__name__] is type(op)
+
+
+@pytest.mark.parametrize("kind,values,message", [
+    ("Gem", {}, "no operation is called 'Gem': the dense operations are Gemm"),
+    ("Gemm", {"m": 1}, "Gemm has the fields m, n, k, dtype, layout; given were m"),
+    ("Launch", {"name": "add", "age": 3}, "given were name, age"),
+    ("Launch", {"name": "jump"}, "name must be add or linear or autograd, 'jump' given"),
+    ("MemoryCopy", {"bytes": "many"}, "bytes must be of type int, 'many' given"),
+    ("MemoryCopy", {"bytes": True}, "bytes must be of type int, True given"),
+    ("Embedding", {"rows": 1, "vocab": 1, "dim": 1, "dtype": "fp31"}, "dtype must be fp64 or fp32"),
+])  # fmt: skip
+def test_fields_that_make_no_operation(kind, values, message):
+    with pytest.raises(ProfileError, match=message):
+        from_fields(kind, values)

@@ -148,3 +148,15 @@ def test_contention(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert "cpu_pressure" not in detect.contention(tmp_path)
     assert detect.contention(tmp_path / "nothing") == {}
     assert all(0 <= value < 1e4 for value in detect.contention().values())
+
+
+def test_caches_as_the_kernel_says_them(tmp_path) -> None:
+    for number, (level, kind, size) in enumerate(
+        [("1", "Data", "32K"), ("1", "Instruction", "64K"), ("2", "Unified", "1024K"), ("3", "Unified", "32M")]
+    ):
+        index = tmp_path / f"sys/devices/system/cpu/cpu0/cache/index{number}"
+        index.mkdir(parents=True)
+        for name, value in (("level", level), ("type", kind), ("size", size)):
+            (index / name).write_text(f"{value}\n")
+    assert detect.cache_bytes(tmp_path) == {"L1": 32 << 10, "L2": 1 << 20, "L3": 32 << 20}
+    assert detect.cache_bytes(tmp_path / "nowhere") == {}

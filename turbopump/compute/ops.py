@@ -1,8 +1,9 @@
 """What a dense operation is: descriptors with their floating-point operations and least bytes moved.
 
 Conventions, used by every workload:
-- `flops` counts matrix products and convolutions only (a multiply-add is two), as "model FLOPs" are counted in the
-  field. Everything else (norms, activations, lookups, losses, updates) moves bytes and counts 0 FLOPs.
+- `flops` counts matrix products and convolutions (a multiply-add is two), as "model FLOPs" are counted in the field,
+  and transforms by their own field's `5 N log2 N`, which is no exact count but the unit all FFT rates are stated in.
+  Everything else (norms, activations, lookups, losses, updates, copies) moves bytes and counts 0 FLOPs.
 - Causal attention counts the pairs that must be computed, `T * (T + 1) / 2`, forward two products, backward four; a
   kernel that computes masked pairs, or scores again in backward, does more than is counted. So a rate made of these
   FLOPs never exceeds the hardware's (PaLM's 12*L*H*Q*T counts the whole square: twice as much).
@@ -12,9 +13,12 @@ Conventions, used by every workload:
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Literal
+from collections.abc import Mapping
+from dataclasses import MISSING, dataclass, fields
+from math import log2
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
+from turbopump.core.errors import ProfileError
 from turbopump.core.workload import DTYPE_BYTES, Op, OpCost
 
 INDEX_BYTES = 8  # torch looks tables up with int64
@@ -142,6 +146,62 @@ class Conv2d(Op):
 
 
 @dataclass(frozen=True)
+class Conv1d(Op):
+    """A 1-D convolution over `[batch, in_channels, length]`, or one of its two gradients."""
+
+    batch: int
+    in_channels: int
+    length: int
+    out_channels: int
+    kernel: int
+    stride: int
+    pad: int
+    dtype: str
+    groups: int = 1
+    direction: Literal["forward", "input_gradient", "weight_gradient"] = "forward"
+
+    @property
+    def as_2d(self) -> Conv2d:
+        """The same arithmetic as a convolution of height 1."""
+        return Conv2d(self.batch, self.in_channels, 1, self.length, self.out_channels, 1, self.kernel, 1, self.stride,
+                      0, self.pad, self.dtype, self.groups, self.direction)  # fmt: skip
+
+    @property
+    def out_length(self) -> int:
+        return self.as_2d.out_width
+
+    @property
+    def cost(self) -> OpCost:
+        return self.as_2d.cost
+
+
+@dataclass(frozen=True)
+class Fft(Op):
+    """`batch` forward Fourier transforms of `length ** dims` points each; `dtype` is that of a real number.
+
+    FLOPs by the convention of FFTW's benchmark (Frigo and Johnson 2005): `5 N log2 N`, half of it for real input,
+    whose output is the non-redundant half of the spectrum (`length / 2 + 1` points of the last dim).
+    """
+
+    batch: int
+    length: int
+    kind: Literal["real", "complex"]
+    dtype: str
+    dims: int = 1
+
+    @property
+    def points(self) -> int:
+        return int(self.length**self.dims)
+
+    @property
+    def cost(self) -> OpCost:
+        flops = (2.5 if self.kind == "real" else 5.0) * self.batch * self.points * log2(self.points)
+        half = self.points // self.length * (self.length // 2 + 1)
+        elements = self.points + 2 * half if self.kind == "real" else 4 * self.points
+        return OpCost(flops, float(self.batch * elements * DTYPE_BYTES[self.dtype]))
+
+
+@dataclass(frozen=True)
 class Rnn(Op):
     """One recurrent layer over `steps` steps; backward includes the gradients of input and weights."""
 
@@ -264,3 +324,79 @@ class OptimizerStep(Op):
     def cost(self) -> OpCost:
         states = {"sgd": 0, "momentum": 1, "adamw": 2}[self.kind]
         return OpCost(0.0, float(self.params * (3 + 2 * states) * DTYPE_BYTES["fp32"]))
+
+
+@dataclass(frozen=True)
+class MemoryCopy(Op):
+    """Copy of `bytes` bytes of consecutive memory: as many read as written."""
+
+    bytes: int
+
+    @property
+    def cost(self) -> OpCost:
+        return OpCost(0.0, 2.0 * self.bytes)
+
+
+@dataclass(frozen=True)
+class MemoryTriad(Op):
+    """`a = b + s * c` over fp32 arrays of `bytes` bytes each (McCalpin's STREAM triad): two read, one written."""
+
+    bytes: int
+
+    @property
+    def cost(self) -> OpCost:
+        return OpCost(0.0, 3.0 * self.bytes)
+
+
+@dataclass(frozen=True)
+class Gather(Op):
+    """`rows` rows of `row_bytes` bytes at random places of a table of `table_rows` rows, copied side by side."""
+
+    rows: int
+    table_rows: int
+    row_bytes: int
+
+    @property
+    def cost(self) -> OpCost:
+        return OpCost(0.0, float(self.rows * (2 * self.row_bytes + INDEX_BYTES)))
+
+
+@dataclass(frozen=True)
+class Launch(Op):
+    """What the host spends on a tiny operation: an `add` of one element, a `linear` layer of one weight, or an
+    `autograd` step (forward and backward of one product of two elements). Costs nothing but time."""
+
+    name: Literal["add", "linear", "autograd"]
+
+    @property
+    def cost(self) -> OpCost:
+        return OpCost()
+
+
+OPS: dict[str, type[Op]] = {
+    op.__name__: op
+    for op in (
+        Gemm, BatchedGemm, Attention, Conv1d, Conv2d, Fft, Rnn, Embedding, Norm, Elementwise, CrossEntropy, Ctc,
+        OptimizerStep, MemoryCopy, MemoryTriad, Gather, Launch,
+    )
+}  # fmt: skip
+"""The operations of this domain by name."""
+
+
+def from_fields(kind: str, values: Mapping[str, Any]) -> Op:
+    """The operation that a row describes by its `kind` and `op`; raises `ProfileError` where there is no such one."""
+    if kind not in OPS:
+        raise ProfileError(f"no operation is called {kind!r}: the dense operations are {', '.join(OPS)}")
+    known = {f.name: f for f in fields(OPS[kind])}
+    absent = [name for name, f in known.items() if f.default is MISSING and name not in values]
+    if absent or not values.keys() <= known.keys():
+        raise ProfileError(f"{kind} has the fields {', '.join(known)}; given were {', '.join(values) or 'none'}")
+    hints = get_type_hints(OPS[kind])
+    for name, value in values.items():
+        allowed = get_args(hints[name]) if get_origin(hints[name]) is Literal else ()
+        if name == "dtype":
+            allowed = tuple(DTYPE_BYTES)
+        if (value not in allowed) if allowed else (type(value) is not hints[name]):
+            wanted = " or ".join(map(str, allowed)) if allowed else f"of type {hints[name].__name__}"
+            raise ProfileError(f"{kind}: {name} must be {wanted}, {value!r} given")
+    return OPS[kind](**values)

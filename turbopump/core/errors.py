@@ -53,6 +53,10 @@ class ProfileError(UsageError):
     """A machine file is missing, damaged, of another schema or of another machine."""
 
 
+class NoisyProfileError(TurbopumpError):
+    """What was measured is noisier than the machine file that is there, and did not replace it."""
+
+
 class ResumeError(UsageError):
     """The run directory holds a run of another configuration."""
 

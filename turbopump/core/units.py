@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import math
+import re
 from unicodedata import category
+
+from turbopump.core.errors import UsageError
 
 _PREFIXES = ("", "k", "M", "G", "T", "P", "E")
 
@@ -48,6 +51,15 @@ def human_seconds(seconds: float) -> str:
     if whole < 86400:
         return f"{whole // 3600} h {whole % 3600 // 60:02d} min"
     return f"{whole // 86400} d {whole % 86400 // 3600:02d} h"
+
+
+def parse_seconds(text: str, name: str = "a duration") -> float:
+    """Seconds of `30s`, `5m`, `1.5h` or a bare number; raises `UsageError` for anything else, 0 too."""
+    match = re.fullmatch(r"(\d+\.?\d*|\.\d+)\s*(s|m|min|h)?", text.strip())
+    seconds = float(match[1]) * {None: 1, "s": 1, "m": 60, "min": 60, "h": 3600}[match[2]] if match else 0.0
+    if not 0 < seconds < math.inf:
+        raise UsageError(f"{name}: {text!r} given, which is no positive number of s, m or h: e.g. 30s, 5m or 1h")
+    return seconds
 
 
 def printable(text: str) -> str:

@@ -88,6 +88,21 @@ def memory_bytes() -> int:
     return int(psutil.virtual_memory().total)
 
 
+def cache_bytes(root: Path = Path("/")) -> dict[str, int]:
+    """Bytes of the caches that the first processor sees (`L1`, `L2`, `L3`; of data), from the kernel; absent where it
+    does not say."""
+    found = {}
+    for cache in sorted((root / "sys/devices/system/cpu/cpu0/cache").glob("index*")):
+        try:
+            level, kind, size = ((cache / name).read_text().strip() for name in ("level", "type", "size"))
+        except OSError:
+            continue
+        unit = {"K": 1 << 10, "M": 1 << 20}.get(size[-1:], 1)
+        if kind != "Instruction" and size.rstrip("KM").isdecimal():
+            found[f"L{level}"] = int(size.rstrip("KM")) * unit
+    return found
+
+
 def available_bytes() -> int:
     return int(psutil.virtual_memory().available)
 
@@ -113,6 +128,7 @@ def describe() -> dict[str, Any]:
         "cpu_features": cpu_features(),
         "num_cores": num_cores(),
         "memory_bytes": memory_bytes(),
+        "cache_bytes": cache_bytes(),
     }
 
 

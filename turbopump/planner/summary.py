@@ -8,6 +8,7 @@ from turbopump.core import plugins
 from turbopump.core.config import Config
 from turbopump.core.errors import DatasetError
 from turbopump.core.units import human, human_bytes
+from turbopump.core.workload import Workload
 
 WEIGHT_BYTES = GRADIENT_BYTES = 4  # fp32 in every precision there is: bf16 is autocast
 OPTIMIZER_BYTES = {"adamw": 8, "muon": 4}  # two fp32 moments, or one momentum for the matrices
@@ -48,17 +49,27 @@ def misfits(config: Config) -> list[str]:
     return [f"model.{problem}" for problem in check(shape)] if check else []
 
 
-def summarize(config: Config, *, num_processes: int = 0) -> Summary | None:
-    """The sizes of a recipe; None for a live model, whose shapes only its own code knows."""
+def microbatch_workload(config: Config, *, num_processes: int = 0, dtype: str | None = None) -> Workload | None:
+    """The operations of one microbatch of a recipe on one device; None for a live model, which only its code knows."""
+    processes = num_processes or config.launch.num_processes or 1
+    return _workload(config, config.microbatch or max(1, config.global_batch // processes), dtype)
+
+
+def _workload(config: Config, samples: int, dtype: str | None = None) -> Workload | None:
     if config.model.kind == "live" or config.data.kind == "live":
         return None
     shape = plugins.find("turbopump.sources", config.data.kind).shape(config.data)
-    workload = plugins.find("turbopump.models", config.model.kind).workload
-    compute = "bf16" if config.precision.compute == "bf16" else "fp32"
-    processes = num_processes or config.launch.num_processes or 1
-    microbatch = config.microbatch or max(1, config.global_batch // processes)
-    step = workload(config.model, config.global_batch, shape, compute)
-    micro = workload(config.model, microbatch, shape, compute)
+    made: Workload = plugins.find("turbopump.models", config.model.kind).workload(
+        config.model, samples, shape, dtype or ("bf16" if config.precision.compute == "bf16" else "fp32")
+    )
+    return made
+
+
+def summarize(config: Config, *, num_processes: int = 0) -> Summary | None:
+    """The sizes of a recipe; None for a live model, whose shapes only its own code knows."""
+    step, micro = _workload(config, config.global_batch), microbatch_workload(config, num_processes=num_processes)
+    if step is None or micro is None:
+        return None
     recompute = getattr(config.model, "recompute", "none")
     return Summary(
         params=step.params,

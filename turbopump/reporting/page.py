@@ -89,13 +89,13 @@ def tile(name: str, value: str, more: str) -> Html:
 
 def status_text(summary: Summary) -> str:
     started = summary.env.get("started")
-    parts = [f"started {_moment(started)}" if isinstance(started, str) else "", f"ended: {summary.status}"]
+    parts = [f"started {moment(started)}" if isinstance(started, str) else "", f"ended: {summary.status}"]
     if summary.run is not None and summary.run.num_attempts > 1:
         parts.append(f"{summary.run.num_attempts} attempts")
     return " · ".join(p for p in parts if p)
 
 
-def _moment(text: str) -> str:
+def moment(text: str) -> str:
     """An ISO moment as people write it; as it is where it is none."""
     try:
         return datetime.fromisoformat(text).strftime("%Y-%m-%d %H:%M %Z").strip()

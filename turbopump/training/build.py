@@ -14,8 +14,8 @@ from typing import Any
 from torch import Tensor, nn
 
 from turbopump.comms import process_group
-from turbopump.compute.bench import fastest_compute, measure_peak
 from turbopump.compute.observe import ObservedCompute
+from turbopump.compute.peak import fastest_compute, measure_peak
 from turbopump.core import plugins
 from turbopump.core.config import Config
 from turbopump.core.errors import ConfigError, DatasetError, UsageError
