@@ -121,8 +121,11 @@ def _points(given: Sequence[Measurement], op: AllReduce) -> list[tuple[float, fl
 
 
 def _in_logarithms(given: Sequence[Measurement], op: AllReduce) -> float:
-    sizes, seconds = zip(*_points(given, op))
-    return float(np.exp(np.interp(np.log(op.bytes), np.log(sizes), np.log(seconds))))
+    """A line in logarithms through the two nearest sizes, beyond the ends through the last two."""
+    sizes, seconds = np.log(_points(given, op)).T
+    upper = int(np.clip(np.searchsorted(sizes, np.log(op.bytes)), 1, len(sizes) - 1))
+    slope = (seconds[upper] - seconds[upper - 1]) / (sizes[upper] - sizes[upper - 1])
+    return float(np.exp(seconds[upper] + slope * (np.log(op.bytes) - sizes[upper])))
 
 
 def _one_line(given: Sequence[Measurement], op: AllReduce) -> float:
