@@ -127,8 +127,8 @@ def _check(holds: Holds) -> None:
         neutral = {"schedule": "1f1b", "synchronisation": "synchronous"}.get(name, 1)
         if name not in CHOICES and values != (neutral,):
             raise UsageError(
-                f"--fix {name}={','.join(map(str, values))}: this model is planned operation by operation, split over data "
-                f"only (choices: {', '.join(CHOICES)}): leave it out"
+                f"--fix {name}={','.join(map(str, values))}: this model is planned operation by operation and split "
+                f"over data only (choices: {', '.join(CHOICES)}): leave it out"
             )
 
 
@@ -328,6 +328,6 @@ def _misfit(subject: Subject, place: Place, tried: list[Choice], holds: Holds) -
     ways.append("take a device with more memory, or a smaller model: splitting over data does not divide it")
     memory = place.memory_bytes or 0
     return PlanError(
-        f"{subject.name} does not fit on {place.profile.name}: at best a process needs {least.peak_bytes / (1 << 30):.2f} "
-        f"GiB, of {(1 - RESERVED) * memory / (1 << 30):.2f} GiB that a plan may use: {', or '.join(ways)}"
+        f"{subject.name} does not fit on {place.profile.name}: at best a process needs "
+        f"{least.peak_bytes / (1 << 30):.2f} GiB, of {(1 - RESERVED) * memory / (1 << 30):.2f} GiB that a plan may use: {', or '.join(ways)}"
     )

@@ -113,7 +113,8 @@ def _memory(file: PlanFile) -> str:
     if len({round(total) for total in totals.values()}) == 1:
         rank, total = next(iter(totals.items()))
         most = sorted(file.memory[rank].items(), key=lambda item: -item[1])[:3]
-        return f"{_gib(total)} a device ({', '.join(f'{name} {_gib(size)}' for name, size in most)})"
+        listed = ", ".join(f"{name.replace('_', ' ')} {_gib(size)}" for name, size in most)
+        return f"{_gib(total)} {'a device' if len(totals) > 1 else 'a process'} ({listed})"
     return ", ".join(f"{rank} stage {_gib(total)}" for rank, total in totals.items()) + " a device"
 
 
