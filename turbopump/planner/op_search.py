@@ -31,6 +31,7 @@ from turbopump.planner.recipe_cases import Subject
 from turbopump.planner.summary import GRADIENT_BYTES, WEIGHT_BYTES
 
 CPU = "cpu"
+GIB = 1 << 30
 COMMON = 0.5
 """Correlation of the errors of two operations' predictions: those of one kind err together, others do not."""
 LEAST_SIGMA = 0.05
@@ -326,8 +327,8 @@ def _misfit(subject: Subject, place: Place, tried: list[Choice], holds: Holds) -
     if "microbatch" in holds and min(holds["microbatch"]) > 1:
         ways.append("use a smaller --fix microbatch")
     ways.append("take a device with more memory, or a smaller model: splitting over data does not divide it")
-    memory = place.memory_bytes or 0
+    usable = (1 - RESERVED) * (place.memory_bytes or 0)
     return PlanError(
-        f"{subject.name} does not fit on {place.profile.name}: at best a process needs "
-        f"{least.peak_bytes / (1 << 30):.2f} GiB, of {(1 - RESERVED) * memory / (1 << 30):.2f} GiB that a plan may use: {', or '.join(ways)}"
+        f"{subject.name} does not fit on {place.profile.name}: at best a process needs {least.peak_bytes / GIB:.2f} GiB, "
+        f"of {usable / GIB:.2f} GiB that a plan may use: {', or '.join(ways)}"
     )
