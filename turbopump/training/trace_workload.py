@@ -178,7 +178,9 @@ def _blocks(recorder: _Recorder, kept_bytes: int, params: int) -> Iterator[Block
     """Operations that occur as often in one block, so that a file has each once."""
     counts = sorted({1, *recorder.ops[False].values(), *recorder.ops[True].values()})
     for count in counts:
-        forward, backward = (tuple(op for op, n in recorder.ops[phase].items() if n == count) for phase in (False, True))
+        forward, backward = (
+            tuple(op for op, n in recorder.ops[phase].items() if n == count) for phase in (False, True)
+        )
         first = count == 1
         yield Block("once" if first else f"times {count}", forward, backward, params if first else 0,
                     {"none": kept_bytes if first else 0}, count)  # fmt: skip
@@ -215,7 +217,9 @@ def _attention(func: Any, given: dict[str, Any], out: Any) -> Iterator[Op]:
 
 def _convolution(func: Any, given: dict[str, Any], out: Any) -> Iterator[Op]:
     if "output_mask" in given:
-        directions = [name for name, wanted in zip(("input_gradient", "weight_gradient"), given["output_mask"]) if wanted]
+        directions = [
+            name for name, wanted in zip(("input_gradient", "weight_gradient"), given["output_mask"]) if wanted
+        ]
         x, y = given["input"], given["grad_output"]
     else:
         directions, x, y = ["forward"], given["input"], out
@@ -229,19 +233,20 @@ def _convolution(func: Any, given: dict[str, Any], out: Any) -> Iterator[Op]:
         x, y = y, x
         swapped = {"forward": "input_gradient", "input_gradient": "forward", "weight_gradient": "weight_gradient"}
         directions = [swapped[name] for name in directions]
-    size, kernel, stride = _two(x.shape[2:]), _two(weight.shape[2:]), _two(given["stride"])
+    (height, width), (stride_h, stride_w) = _two(x.shape[2:]), _two(given["stride"])
+    kernel = _two(weight.shape[2:])
     # a dilated kernel covers more, which is less padding to the sizes of the result
-    pad = [max(0, p - (d - 1) * (k - 1) // 2) for p, d, k in
+    pad_h, pad_w = [max(0, p - (d - 1) * (k - 1) // 2) for p, d, k in
            zip(_two(given["padding"], 0), _two(given["dilation"]), kernel)]  # fmt: skip
     for direction in directions:
-        yield Conv2d(x.shape[0], x.shape[1], *size, y.shape[1], *kernel, *stride, *pad, _dtype(weight),
-                     given["groups"], direction)  # type: ignore[arg-type]  # fmt: skip
+        yield Conv2d(x.shape[0], x.shape[1], height, width, y.shape[1], kernel[0], kernel[1], stride_h, stride_w, pad_h,
+                     pad_w, _dtype(weight), given["groups"], direction)  # type: ignore[arg-type]  # fmt: skip
 
 
-def _two(sizes: Any, missing: int = 1) -> list[int]:
+def _two(sizes: Any, missing: int = 1) -> tuple[int, int]:
     """Of a plane; a row is a plane of height 1."""
-    values = [int(size) for size in sizes]
-    return values if len(values) == 2 else [missing, values[0]]
+    *height, width = (int(size) for size in sizes)
+    return (height[0] if height else missing), width
 
 
 def _norm(func: Any, given: dict[str, Any], out: Any) -> Iterator[Op]:
@@ -263,7 +268,7 @@ def _embedding(func: Any, given: dict[str, Any], out: Any) -> Iterator[Op]:
         yield Embedding(given["indices"].numel(), int(given["num_weights"]), grad.shape[-1], _dtype(grad), True)
     else:
         weight = given["weight"]
-        yield Embedding(given["indices"].numel(), *weight.shape, _dtype(weight))
+        yield Embedding(given["indices"].numel(), weight.shape[0], weight.shape[1], _dtype(weight))
 
 
 def _cross_entropy(func: Any, given: dict[str, Any], out: Any) -> Iterator[Op]:
@@ -281,7 +286,11 @@ def _moved(func: Any, given: dict[str, Any], out: Any) -> Iterator[Op]:
     """Anything else: what it reads and writes. Views and what only makes room move nothing."""
     name = func._schema.name.removeprefix("aten::")
     results = [leaf for leaf in tree_leaves(out) if isinstance(leaf, Tensor)]
-    if func.is_view or not results or name.startswith(("empty", "new_empty", "detach", "alias", "_unsafe_view", "lift")):
+    if (
+        func.is_view
+        or not results
+        or name.startswith(("empty", "new_empty", "detach", "alias", "_unsafe_view", "lift"))
+    ):
         return
     inputs = [leaf for leaf in tree_leaves(list(given.values())) if isinstance(leaf, Tensor)]
     sizes = [tensor.numel() for tensor in (*inputs, *results)]
