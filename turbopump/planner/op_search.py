@@ -85,8 +85,9 @@ class Place:
 
     @property
     def collectives(self) -> CollectiveModel:
+        """Of sums over ranks alone: the others need not be fitted."""
         if self._collectives is None:
-            rows = [row for row in self.profile.rows if row.domain == "comms"]
+            rows = [row for row in self.profile.rows if row.kind == AllReduce.__name__]
             self._collectives = CollectiveModel.of(rows, self.profile.links)
         return self._collectives
 
@@ -254,6 +255,8 @@ def _again(workload: Workload, recompute: str) -> list[tuple[Op, int]]:
 
 def _exchange(place: Place, params: int, processes: int) -> Prediction:
     """The sum of all gradients over the processes."""
+    if processes == 1:
+        return Prediction(0.0, 0.0, 0.0, "measured")
     level: Level = "node" if place.is_host or processes <= place.devices_per_node else "rack"
     levels = {link.level for link in place.profile.links}
     if not place.is_host and level not in levels:
