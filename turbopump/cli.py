@@ -173,6 +173,7 @@ def train(
     *overrides: str,
     run: Path | None = None,
     start_from: Annotated[str | None, Parameter(name="--from")] = None,
+    plan: Path | None = None,
     model: str | None = None,
     dataset: str | None = None,
     evaluation_dataset: str | None = None,
@@ -190,6 +191,7 @@ def train(
         turbopump train recipes/lm-stdlib.toml --dry-run
         turbopump train recipes/convnet-digits.toml launch.num_processes=2
         turbopump train recipes/lm-stdlib.toml name=tuned --from runs/demo@400
+        turbopump train recipes/lm-stdlib.toml --plan plan.toml
         turbopump train my.toml --model mine:build --dataset mine:data --loss mine:loss
 
     Parameters
@@ -202,6 +204,8 @@ def train(
         The run directory; default runs/<name>.
     start_from
         Start a new run from the weights of RUN, RUN@STEP, a checkpoint or a safetensors file.
+    plan
+        Follow this plan.toml (turbopump plan RECIPE --output plan.toml): microbatch, precision, recompute, processes.
     model
         module:function that returns a torch module, in place of the recipe's [model].
     dataset
@@ -220,13 +224,15 @@ def train(
     from turbopump import train as verb
 
     live = {"model": model, "dataset": dataset, "evaluation_dataset": evaluation_dataset, "loss": loss}
+    if plan is not None and (dry_run or verify_resume):
+        raise UsageError("--plan is for training: leave --dry-run and --verify-resume out, or the plan")
     if dry_run:
         print(verb.dry_run(recipe, overrides=overrides, live=live))
     elif verify_resume:
         verb.verify_resume(recipe, overrides=overrides, live=live)
     else:
         verb.train_from_command_line(
-            recipe, overrides=overrides, live=live, run=run, start_from=start_from, quiet=quiet
+            recipe, overrides=overrides, live=live, run=run, start_from=start_from, quiet=quiet, plan=plan
         )
 
 

@@ -29,8 +29,6 @@ COLUMNS: Mapping[str, tuple[str, ...]] = {
     "torchtitan_runs": ("model", "gpus", "parallelism", "seq_len", "local_batch", "techniques", "act_ckpt",
                         "memory_GiB", "source"),
 }  # fmt: skip
-A100_BYTES = 80 * GIB
-H100_96_BYTES = 96 * GIB
 
 
 @dataclass(frozen=True)
@@ -44,6 +42,8 @@ class MeasuredMemory:
     software: Software
     quantity: Quantity
     value: float
+    device_gib: int
+    """Memory of the device it ran on."""
     relative_to: Case | None = None
 
 
@@ -135,7 +135,7 @@ def _megatron(row: Row) -> MeasuredMemory:
     quantity = quantities[row["quantity"]]
     reference = megatron_case(row["model"], "none") if quantity == "activations_relative" else None
     return MeasuredMemory("megatron_memory", f"megatron/{row['model']}", megatron_case(row["model"], row["recompute"]),
-                          SOFTWARE["megatron"], quantity, float(row["value"]), reference)  # fmt: skip
+                          SOFTWARE["megatron"], quantity, float(row["value"]), 80, reference)  # fmt: skip
 
 
 LLAMA_SHAPES = {
@@ -180,9 +180,11 @@ def _torchtitan(row: Row) -> MeasuredMemory | None:
         return None  # a row of throughput alone
     month = re.search(r"_(20\d\d)-?(\d\d)_", row["source"])
     old = month is not None and month[1] + month[2] < "202503"
+    memory = re.search(r"H100 (\d+) ?GB", row["source"])
+    device_gib = int(memory[1]) if memory else 141 if "H200" in row["model"] + row["source"] else 80
     return MeasuredMemory("torchtitan_runs", f"{row['model']}/{row['gpus']}", torchtitan_case(row),
-                          SOFTWARE["torchtitan-2024" if old else "torchtitan"], "peak",
-                          float(row["memory_GiB"]))  # fmt: skip
+                          SOFTWARE["torchtitan-2024" if old else "torchtitan"], "peak", float(row["memory_GiB"]),
+                          device_gib)  # fmt: skip
 
 
 _READERS: Mapping[str, Callable[[Row], MeasuredMemory | None]] = {
