@@ -96,7 +96,9 @@ def _known_to_fit() -> Iterator[Trial]:
         (LLAMA2_13B, 4096, 2, "selective"), (LLAMA2_70B, 4096, 1, "selective"), (LLAMA2_70B, 4096, 2, "full"),
     ):  # fmt: skip
         case = Case(shape, seq_len, 64 * batch, batch, ParallelDims(dp_shard=64), recompute=recompute)  # type: ignore[arg-type]
-        yield Trial(case, SOFTWARE["torchtitan-2024"], 80, f"{shape.params / 1e9:.0f}B {recompute} (docs/performance.md)")
+        yield Trial(
+            case, SOFTWARE["torchtitan-2024"], 80, f"{shape.params / 1e9:.0f}B {recompute} (docs/performance.md)"
+        )
 
 
 def _ran(published: Path) -> Iterator[Trial]:
@@ -109,7 +111,9 @@ def _ran(published: Path) -> Iterator[Trial]:
 def _states_alone(published: Path) -> Iterator[Trial]:
     """Published runs as they would be without any sharding of their states, where those alone exceed the device."""
     for trial in _ran(published):
-        states = trial.case.shape.params * (trial.case.weight_bytes + trial.case.gradient_bytes + trial.case.optimizer_bytes)
+        states = trial.case.shape.params * (
+            trial.case.weight_bytes + trial.case.gradient_bytes + trial.case.optimizer_bytes
+        )
         if states > trial.device_gib * GIB:
             case = Case(trial.case.shape, trial.case.seq_len, 8, 1, ParallelDims(dp_replicate=8), recompute="full")
             yield Trial(case, trial.software, trial.device_gib, f"{trial.why}: {states / GIB:.0f} GiB of states")

@@ -52,7 +52,9 @@ def smallest_that_fits(
     return None
 
 
-def does_not_fit(case: Case, device_bytes: float, *, device: str = "the device", software: Software = TURBOPUMP) -> UsageError:
+def does_not_fit(
+    case: Case, device_bytes: float, *, device: str = "the device", software: Software = TURBOPUMP
+) -> UsageError:
     """The error for a case that does not fit: what it needs, what there is, and what would do."""
     use = memory_bytes(Cases.of([case]), software)
     relief = smallest_that_fits(case, device_bytes, software=software)
@@ -89,7 +91,7 @@ def _first(candidates: list[Case], device_bytes: float, software: Software) -> t
 
 
 def _splits(case: Case, num_devices: int) -> Iterator[Case]:
-    """Every way of splitting over that many devices: microbatches of one, sharded data parallelism over what is left."""
+    """Every way to split over that many devices: microbatches of one, sharded data parallelism over what is left."""
     shape = case.shape
     for tp in (tp for tp in TENSOR_PARALLEL if shape.heads % tp == 0 and num_devices % tp == 0):
         stages = (pp for pp in range(1, shape.layers + 1) if shape.layers % pp == 0 and num_devices // tp % pp == 0)

@@ -21,7 +21,12 @@ LLAMA3_DEVICE_HOURS = 54 * 24 * 16384 / 419
 RSC1_DEVICE_HOURS = 1000 * 24 * 8 / 6.5
 """6.5 failures per 1000 node-days of 8 A100s (arXiv:2410.21680): 29,538; `RSC2` 2.34: 82,051. From memory."""
 RSC2_DEVICE_HOURS = 1000 * 24 * 8 / 2.34
-LLAMA3_CAUSES = {"device": 148 + 72 + 19 + 17 + 6 + 6, "network": 35 + 7 + 7, "software": 54 + 2, "host": 32 + 2 + 3 + 3 + 2 + 2 + 2}
+LLAMA3_CAUSES = {
+    "device": 148 + 72 + 19 + 17 + 6 + 6,
+    "network": 35 + 7 + 7,
+    "software": 54 + 2,
+    "host": 32 + 2 + 3 + 3 + 2 + 2 + 2,
+}
 """Of the 419, by what failed; thermal sensors and silent corruption count as the device's, NCCL timeouts as network."""
 
 
@@ -106,15 +111,15 @@ def expected_time(
     reliability: Reliability | None = None,
     interval_steps: int | None = None,
 ) -> Goodput:
-    """Expected time of a run of `steps` steps, a checkpoint every `interval_steps` (None: the best, by Daly) and at its end.
+    """Expected time of a run of `steps` steps with a checkpoint every `interval_steps` (None: Daly's) and at its end.
 
     Per segment of x = work + checkpoint seconds, M seconds between failures and R of recovery: M exp(R / M) (exp(x / M)
     - 1) (Daly 2006, equation 20): a segment is begun again until it passes without a failure, recovery likewise.
     Raises `UsageError` where a figure is out of range, or failures are so frequent that the run would never end.
     """
     reliability = reliability or Reliability()
-    for name, value in (("steps", steps), ("num_devices", num_devices), ("interval_steps", interval_steps or 1)):
-        if value < 1:
+    for name, value in (("steps", steps), ("num_devices", num_devices), ("interval_steps", interval_steps)):
+        if value is not None and value < 1:
             raise UsageError(f"{name} ({value}) must be at least 1")
     if not 0 < step_s < math.inf:
         raise UsageError(f"step_s ({step_s}) must be above 0 seconds")
@@ -128,11 +133,13 @@ def expected_time(
     for count, length in ((whole, interval_steps), (1, rest)):
         if length:
             segment = _segment(length * step_s + reliability.checkpoint_s, reliability.recovery_s, between_s)
-            failures, lost_s, recovery_s = (a + count * b for a, b in zip((failures, lost_s, recovery_s), segment, strict=True))
+            failures, lost_s, recovery_s = (
+                a + count * b for a, b in zip((failures, lost_s, recovery_s), segment, strict=True)
+            )
     if not math.isfinite(lost_s + recovery_s):
         raise UsageError(
-            f"{num_devices} devices fail every {between_s:.0f} s, too often to get through {interval_steps} steps and a "
-            f"checkpoint ({interval_steps * step_s + reliability.checkpoint_s:.0f} s) or a restart "
+            f"{num_devices} devices fail every {between_s:.0f} s, too often to get through {interval_steps} steps and "
+            f"a checkpoint ({interval_steps * step_s + reliability.checkpoint_s:.0f} s) or a restart "
             f"({reliability.recovery_s:.0f} s): use fewer devices, cheaper checkpoints or shorter intervals"
         )
     num_checkpoints = whole + (rest > 0)

@@ -53,6 +53,11 @@ class Software:
     logit_bytes_compiled: int
     scratch_bytes: int
     """Of one parameter, while the optimizer updates all of them at once."""
+    gathers_again: bool = False
+    """With sequence parallelism the gathered input of a product is not kept but gathered anew for backward."""
+    keeps_outputs: bool = True
+    """A stage holds its outputs until their backward, the last one the logits of all microbatches (torch.distributed's
+    `PipelineStage.fwd_cache` and `output_chunks`)."""
 
 
 SOFTWARE: Mapping[str, Software] = {
@@ -61,13 +66,13 @@ SOFTWARE: Mapping[str, Software] = {
         # models/transformer/fused.py: the loss never holds all logits; the stream is fp32
         Software("turbopump", "mlp", 4, False, 0, 0, 4),
         # vocabulary-parallel loss in place of fp32 logits: 16-bit logits, their fp32 copy
-        Software("megatron", "attention", 0, True, 6, 6, 0),
+        Software("megatron", "attention", 0, True, 6, 6, 0, gathers_again=True, keeps_outputs=False),
         # 2 (logits) + 4 (fp32 copy) + 4 (log-probabilities) + 4 (a gradient); every block is compiled, the loss was not
         # at the end of 2024 (pytorch issue 143774, torchtitan pull request 755)
         Software("torchtitan-2024", "products", 0, False, 14, 14, 4),
         # a compiled loss holds the 16-bit logits and their gradient
         Software("torchtitan", "products", 0, False, 14, 4, 4),
-        # llm-foundry's default `fused_crossentropy`: the 16-bit logits and their gradient; its Adam goes matrix by matrix
+        # llm-foundry's default `fused_crossentropy`: 16-bit logits and their gradient; its Adam goes matrix by matrix
         Software("foundry", "products", 0, False, 4, 4, 0),
     )
 }
@@ -109,13 +114,17 @@ class MemoryUse:
         """Reserved bytes of the fullest rank, [cases]."""
         return self.peak.max(axis=0)  # type: ignore[no-any-return]
 
-    def fits(self, device_bytes: float, *, margin: float = MARGIN, outside_bytes: float = OUTSIDE_BYTES) -> NDArray[np.bool_]:
+    def fits(
+        self, device_bytes: float, *, margin: float = MARGIN, outside_bytes: float = OUTSIDE_BYTES
+    ) -> NDArray[np.bool_]:
         """Whether every rank fits in a device of `device_bytes`, [cases]. One-sided: in doubt it does not.
 
         Raises `UsageError` for a device whose memory is not a positive number.
         """
         if not device_bytes > 0:
-            raise UsageError(f"the device's memory ({device_bytes}) must be above 0 bytes: give memory_gib in its entry")
+            raise UsageError(
+                f"the device's memory ({device_bytes}) must be above 0 bytes: give memory_gib in its entry"
+            )
         return self.worst * (1 + margin) + outside_bytes <= device_bytes  # type: ignore[no-any-return]
 
 
@@ -203,8 +212,8 @@ def _tables(cases: Cases, index: Array, has_head: Array) -> Array:
 def _in_flight(cases: Cases, index: Array) -> Array:
     """Microbatches whose activations a stage keeps at once, as multiples of all its layers.
 
-    1F1B: what has gone forward and not come back (Narayanan 2021). Interleaved: 2 (pp - 1 - stage) + (chunks - 1) pp + 1
-    chunks of 1/chunks of the layers each, which on the first stage is Korthikanti's 1 + (pp - 1) / (pp chunks), times pp.
+    1F1B: what has gone forward and not come back (Narayanan 2021). Interleaved: 2 (pp - 1 - stage) + (chunks - 1) pp
+    + 1 chunks of 1/chunks of the layers each: on the first stage pp times Korthikanti's 1 + (pp - 1) / (pp chunks).
     """
     chunks = np.where(cases.schedule == SCHEDULES.index("interleaved"), cases.virtual_stages, 1.0)
     plain = cases.pp - index
@@ -223,12 +232,13 @@ def _kept_by_layer(cases: Cases, software: Software, size: Array) -> tuple[Array
     hidden, queries, keys = cases.hidden, cases.heads * cases.head_width, cases.keys * cases.head_width
     outer = np.where(cases.sequence_parallel > 0, cases.tp, 1.0)
     routed = cases.experts_per_token
-    outside = (2 * stream + 2 * size + 2 * software.dropout) * hidden + (routed - 1) * size * hidden
+    outside = (2 * stream + 2 * software.dropout) * hidden / outer
+    inputs = (1 + routed) * size * hidden / (outer if software.gathers_again else 1.0)
     attention = (2 * queries + 2 * keys) * size
     fused = cases.fused_attention > 0
     core = np.where(fused, 4.0 * cases.heads, cases.heads * cases.seq_len * (size + software.dropout * (1 + size)))
     wide = np.where(cases.gated > 0, np.where(cases.compiled > 0, 3.0, 4.0), 2.0) * cases.mlp * routed * size
-    none = outside / outer + (attention + core + wide) / cases.tp
+    none = outside + inputs + (attention + core + wide) / cases.tp
     if software.selective == "attention":
         selective = none - np.where(fused, 0.0, core / cases.tp)
     elif software.selective == "mlp":
@@ -256,11 +266,17 @@ def _kept_products(cases: Cases, stream: int | Array, size: Array, outer: Array,
 
 
 def _kept_at_ends(cases: Cases, software: Software, size: Array, index: Array, has_head: Array, flight: Array) -> Array:
-    """Bytes a token kept beside the layers: the embedding's mask, the last norm's input, the head's."""
+    """Bytes a token kept beside the layers: the embedding's mask, the inputs of last norm and head, outputs."""
     outer = np.where(cases.sequence_parallel > 0, cases.tp, 1.0)
     embedding = (index == 0) * flight * software.dropout * cases.hidden / outer
     head = has_head * ((software.residual_bytes or size) + size) * cases.hidden / outer
-    return embedding + head
+    if not software.keeps_outputs:
+        return embedding + head
+    stream = flight * (software.residual_bytes or size) * cases.hidden / outer
+    others = (
+        np.maximum(cases.num_microbatches - 1, 0) * (size if software.logit_bytes else 0.0) * cases.vocab / cases.tp
+    )
+    return embedding + head + np.where(cases.pp > 1, np.where(has_head > 0, others, stream), 0.0)
 
 
 def _gradient_widths(cases: Cases, size: Array) -> Array:
@@ -279,7 +295,7 @@ def _loss(cases: Cases, software: Software, size: Array, tokens: Array) -> Array
 
 
 def _communication(cases: Cases, size: Array, tokens: Array) -> Array:
-    """Bytes of buffers: a stage's neighbours, the gathered sequence of tensor parallelism, keys that go round a ring."""
+    """Bytes of buffers: of a stage's neighbours, tensor parallelism's gathered sequence, keys that go round a ring."""
     stream = tokens * cases.hidden * size
     stages = np.where(cases.pp > 1, 2 * stream, 0.0)
     sequence = np.where((cases.tp > 1) & (cases.sequence_parallel > 0), 2 * stream, 0.0)

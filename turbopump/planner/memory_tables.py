@@ -148,14 +148,16 @@ LLAMA_SHAPES = {
 def torchtitan_case(row: Row) -> Case:
     """torchtitan: bf16 with fp32 weights, FSDP2, fused attention, sequences of 8192 where none are said.
 
-    A pipeline takes `local_batch / pp` sequences at a time (its default: as many microbatches as stages) and does not
-    reshard after forward. Two chunks a stage where the schedule is interleaved and the row does not say how many.
+    A pipeline has by default as many microbatches as it has stages in all and does not reshard after forward; two
+    stages a rank where the schedule is interleaved, since the row does not say how many.
     """
     size = next((key for key in LLAMA_SHAPES if re.search(rf"\b{key}\b", row["model"], re.IGNORECASE)), None)
     if size is None:
         raise ValueError(f"the model {row['model']!r} is not known (known: {', '.join(LLAMA_SHAPES)})")
     splits = dict.fromkeys(("FSDP", "TP", "CP", "PP"), 1)
     for part in re.split(r"[\s,+]+", row["parallelism"].strip().upper()):
+        if re.fullmatch(r"[1-5]D", part):
+            continue
         found = re.fullmatch(r"([A-Z]+)(\d+)", part)
         if not found or found[1] not in splits:
             raise ValueError(f"the split {part!r} is not understood (known: {', '.join(splits)} with a number)")
@@ -163,15 +165,16 @@ def torchtitan_case(row: Row) -> Case:
     pp, inner = splits["PP"], splits["FSDP"] * splits["TP"] * splits["CP"] * splits["PP"]
     dims = ParallelDims(pp, max(1, int(row["gpus"]) // inner), splits["FSDP"], splits["CP"], splits["TP"])
     local, techniques = int(row["local_batch"]), row["techniques"].lower()
-    interleaved = "interleaved" in techniques
+    chunks = 2 if "interleaved" in techniques else 1
     recompute: Recompute = (
         "full" if "full" in row["act_ckpt"] else "selective" if "selective" in row["act_ckpt"] else "none"
     )
+    microbatch = max(1, local // (pp * chunks)) if pp > 1 else local
     return Case(
-        LLAMA_SHAPES[size], int(row["seq_len"] or 8192), local * dims.dp, max(1, local // pp), dims,
+        LLAMA_SHAPES[size], int(row["seq_len"] or 8192), local * dims.dp, microbatch, dims,
         recompute=recompute, dtype="fp8" if "float8" in techniques else "bf16", compiled="compile" in techniques,
         sequence_parallel=dims.tp > 1, reshard_after_forward=pp == 1,
-        schedule="interleaved" if interleaved else "1f1b", virtual_stages=2 if interleaved else 1,
+        schedule="interleaved" if chunks > 1 else "1f1b", virtual_stages=chunks,
     )  # fmt: skip
 
 

@@ -135,4 +135,3 @@ def _sizes(space: Space) -> str:
         f"{shape.layers} layers, {shape.heads} heads of {shape.keys} groups{experts}, "
         f"{space.base.seq_len} tokens and a batch of {space.base.global_batch}"
     )
-

@@ -31,8 +31,8 @@ WAITING_SHARE = 0.65
 """Of that draw, while a device waits for others in a collective. MLPerf training 4.0: the same hosts at 5,122-5,845 W
 on problems that do not scale to as many of them."""
 IDLE_SHARE = 0.30
-"""Of that draw, while a device does nothing: restarting, failed, between runs. From memory: an H100 idles at 70-90 W, the
-rest of its host at about 1.5 kW."""
+"""Of that draw, while a device does nothing: restarting, failed, between runs. From memory: an H100 idles at 70-90 W,
+the rest of its host at about 1.5 kW."""
 JOULES_PER_KWH = 3.6e6
 
 
@@ -74,8 +74,8 @@ def bill_of(
     figures out of range.
     """
     price = device.usd_per_hour if usd_per_hour is None else usd_per_hour
-    _check(num_devices=num_devices, wall_s=wall_s, busy=busy, idle_s=idle_s, usd_per_hour=price, usd_per_kwh=usd_per_kwh,
-           pue=pue)  # fmt: skip
+    _check(num_devices=num_devices, wall_s=wall_s, busy=busy, idle_s=idle_s, usd_per_hour=price,
+           usd_per_kwh=usd_per_kwh, pue=pue)  # fmt: skip
     hours = num_devices * wall_s / 3600
     watts = wall_watts(device, busy=busy)
     missing = []
@@ -164,10 +164,10 @@ def read_power(path: Path) -> list[MeasuredPower]:
 
 def device_of(system: str) -> DeviceSpec | None:
     """The catalog's device in the name of a system, e.g. `64xSMC-H100-SXM-80GB`; None where it names none."""
-    words = re.findall(r"[A-Za-z]+\d+[A-Za-z]*|\d+[A-Za-z]+", system)
-    for word in words:
+    words = re.split(r"[^A-Za-z0-9]+", system)
+    for name in (word[start:] for word in words for start in range(max(0, len(word) - 3))):  # dgxa100: a100
         try:
-            return find_device(word)
+            return find_device(name)
         except CatalogError:
             continue
     return None

@@ -15,7 +15,8 @@ from turbopump.core.config import Config, from_toml, to_table, to_toml
 from turbopump.core.errors import PlanError, UsageError
 from turbopump.core.files import from_json_as, to_json, write_atomic
 from turbopump.core.version import VERSION
-from turbopump.planner.cases import ParallelDims, Recompute, Schedule, Synchronisation
+from turbopump.planner.cases import ParallelDims
+from turbopump.planner.choice import Settings
 from turbopump.planner.recipe_cases import recipe_digest
 
 SCHEMA = 1
@@ -47,22 +48,6 @@ class Sizes:
     num_steps: int = 0
     """0: not said."""
     seq_len: int = 0
-
-
-@dataclass(frozen=True)
-class Settings:
-    """How each device computes, and how they exchange gradients."""
-
-    num_devices: int
-    devices_per_node: int
-    dtype: str
-    microbatch: int
-    num_microbatches: int
-    recompute: Recompute = "none"
-    schedule: Schedule = "1f1b"
-    virtual_stages: int = 1
-    synchronisation: Synchronisation = "synchronous"
-    sync_every: int = 1
 
 
 @dataclass(frozen=True)
@@ -117,7 +102,9 @@ def read(path: Path | str) -> PlanFile:
     except UsageError as error:
         raise PlanError(f"{path}: {error}") from error
     if "schema" not in table or "prediction" not in table:
-        raise PlanError(f"{path} is no plan (it has no schema and prediction): `turbopump plan RECIPE --output` writes one")
+        raise PlanError(
+            f"{path} is no plan (it has no schema and prediction): `turbopump plan RECIPE --output` writes one"
+        )
     if table["schema"] != SCHEMA:
         raise PlanError(
             f"{path} has schema {table['schema']!r}, written by turbopump {table.get('written_by', 'unknown')}; this is "
@@ -190,6 +177,4 @@ def refuse_contradictions(chosen: Mapping[str, Any], config: Config, where: Path
         for part in path.split("."):
             owner = getattr(owner, part)
         if owner != value:
-            raise PlanError(
-                f"{path}: {owner!r} given, and {where} says {value!r}: leave the override or the plan out"
-            )
+            raise PlanError(f"{path}: {owner!r} given, and {where} says {value!r}: leave the override or the plan out")

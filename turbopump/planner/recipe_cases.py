@@ -49,7 +49,8 @@ class Subject:
     """A decoder's: the recipe's own way to train it on one device."""
     workload: Callable[[int, str], Workload] | None = None
     """Operations of a microbatch of so many samples in a dtype; None where only the decoder's sizes are known."""
-    dtype: str = "bf16"
+    dtypes: tuple[str, ...] = ("bf16",)
+    """The first is that of the recipe; more where it leaves the choice (`auto`)."""
     microbatches: tuple[int, ...] = ()
     """The only ones that `workload` knows; () for all."""
     recomputes: tuple[str, ...] = ("none",)
@@ -80,7 +81,9 @@ def read_subject(
             raise UsageError(f"{given} is for a config.json or workload.json: a recipe takes {setting}")
         return of_recipe(load(path, overrides), str(path), dtype)
     if overrides:
-        raise UsageError(f"{overrides[0]!r} is a setting of a recipe, and {path} is none: use --seq-len, --global-batch")
+        raise UsageError(
+            f"{overrides[0]!r} is a setting of a recipe, and {path} is none: use --seq-len, --global-batch"
+        )
     try:
         data = path.read_bytes()
         table = from_json(data)
@@ -110,12 +113,13 @@ def of_recipe(config: Config, path: str, dtype: str = "") -> Subject:
         return made
 
     compute = dtype or ("fp32" if config.precision.compute == "fp32" else "bf16")
+    dtypes = ("bf16", "fp32") if not dtype and config.precision.compute == "auto" else (compute,)
     step = workload(config.global_batch, compute if compute in ("fp32", "bf16") else "bf16")
     case = _recipe_case(config, shape, compute) if config.model.kind == "transformer" else None
     samples = config.global_batch
     return Subject(
         config.name, path, recipe_digest(config), step.params, step.cost.flops / samples, step.unit,
-        step.units / samples, samples, config.num_steps, case, workload, compute,
+        step.units / samples, samples, config.num_steps, case, workload, dtypes,
         recomputes=("none", "full") if hasattr(config.model, "recompute") else ("none",),
         optimizer_bytes=OPTIMIZER_BYTES[config.optimizer.kind], sample_bytes=_sample_bytes(config, shape),
         hours_per_sample=step.units / samples * HOP_S / 3600 if step.unit == "frame" else 0.0, config=config,
@@ -181,7 +185,7 @@ def of_workload(workload: Workload, path: str, digest: str, global_batch: int = 
     hours = workload.units / workload.samples * HOP_S / 3600 if workload.unit == "frame" else 0.0
     return Subject(
         workload.name, path, digest, workload.params, workload.cost.flops / workload.samples, workload.unit,
-        workload.units / workload.samples, batch, 0, None, at, workload.dtype, (workload.samples,), modes,
+        workload.units / workload.samples, batch, 0, None, at, (workload.dtype,), (workload.samples,), modes,
         hours_per_sample=hours,
     )  # fmt: skip
 
@@ -192,7 +196,7 @@ def of_shape(shape: DecoderShape, path: str, seq_len: int, global_batch: int, dt
     case = Case(shape, seq_len, global_batch, 1, dtype=dtype)
     return Subject(
         shape.name, path, digest(repr((shape, seq_len, global_batch)).encode()), shape.params,
-        model_flops(shape, seq_len), "token", seq_len, global_batch, 0, case, dtype=dtype,
+        model_flops(shape, seq_len), "token", seq_len, global_batch, 0, case, dtypes=(dtype,),
         sample_bytes=(seq_len + 1) * (2 if shape.vocab <= SMALL_VOCAB else 4),
     )  # fmt: skip
 

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, fields, replace
-from math import exp, log, sqrt
 from typing import Any
 
 import numpy as np
@@ -20,12 +19,12 @@ from numpy.typing import NDArray
 
 from turbopump.core.workload import DTYPE_BYTES
 from turbopump.planner.candidates import HOLDABLE, SPLITS, SYNC_EVERY, Candidates, Space, enumerate_candidates
-from turbopump.planner.cases import SYNCHRONISATIONS, Array, Case, Cases, StepTimes
+from turbopump.planner.cases import SYNCHRONISATIONS, Array, Cases, StepTimes
+from turbopump.planner.choice import Alternative, Change, Choice, Found, Settings, margin_sigmas
 from turbopump.planner.machine import Machine
 from turbopump.planner.misfit import explain_misfit, explain_nothing
 
 CHUNK = 1 << 15
-BAND_SIGMAS = 1.2816  # half of the 80 % band of a normal distribution
 POOL = 2000
 """The fastest candidates that are timed again on a changed machine, beside the fastest of every split."""
 
@@ -46,70 +45,6 @@ class Models:
     memory: Callable[[Cases, Machine], Fit]
     sigma: Callable[[Cases, Machine], Array]
     """Standard deviation of the logarithm of the step time."""
-
-
-@dataclass(frozen=True)
-class Choice:
-    """One candidate with its prediction; `breakdown` has the parts of a step, in seconds, by name."""
-
-    case: Case
-    breakdown: Mapping[str, float]
-    sigma: float
-    peak_bytes: float
-
-    @property
-    def step_s(self) -> float:
-        return sum(self.breakdown.values())
-
-    @property
-    def low_s(self) -> float:
-        """Lower end of the 80 % band."""
-        return self.step_s * exp(-BAND_SIGMAS * self.sigma)
-
-    @property
-    def high_s(self) -> float:
-        return self.step_s * exp(BAND_SIGMAS * self.sigma)
-
-
-@dataclass(frozen=True)
-class Alternative:
-    """The best candidate with another value of one choice; `slower` is its step time over the best one's, less 1."""
-
-    name: str
-    value: Any
-    slower: float | None
-    """None: nothing with that value fits in memory."""
-
-
-@dataclass(frozen=True)
-class Change:
-    """What if: the step time of the best plan then over that of today's plan then, less 1 (0: it stays the best)."""
-
-    what: str
-    kind: str
-    """`machine` (another link or memory), `constraint` (a --fix taken away) or `training` (other results)."""
-    choice: Choice | None
-    """The best plan then; None where nothing would fit."""
-    gain: float
-    """Share of the step time that the new plan saves, then, against keeping today's."""
-    flips: bool
-
-
-@dataclass(frozen=True)
-class Found:
-    """What a search came to."""
-
-    best: Choice
-    runner_up: Choice | None
-    margin_sigmas: float | None
-    """Of the logarithm of the ratio of both times, their errors taken as independent: the real margin is wider, since
-    most of the error is common to both."""
-    num_candidates: int
-    num_fitting: int
-    alternatives: tuple[Alternative, ...]
-    changes: tuple[Change, ...]
-    landscape: tuple[Mapping[str, Any], ...]
-    """The fastest candidate of each split, fastest first: dims, step_s, peak_bytes."""
 
 
 @dataclass(frozen=True)
@@ -168,17 +103,17 @@ def _choices(candidates: Candidates, space: Space, machine: Machine, models: Mod
     cases = candidates.cases(space)
     times, peak = models.times(cases, machine), models.memory(cases, machine).peak_bytes
     sigma = models.sigma(cases, machine)
-    return [
-        Choice(candidates.case(space, i), {f.name: float(getattr(times, f.name)[i]) for f in fields(times)},
-               float(sigma[i]), float(peak[i]))
-        for i in range(len(candidates))
-    ]  # fmt: skip
-
-
-def margin_sigmas(best: Choice, other: Choice) -> float:
-    """How many standard deviations lie between two choices."""
-    both = sqrt(best.sigma**2 + other.sigma**2)
-    return log(other.step_s / best.step_s) / both if both else 0.0
+    found = []
+    for i in range(len(candidates)):
+        case = candidates.case(space, i)
+        settings = Settings(
+            case.dims.num_devices, min(machine.devices_per_node, case.dims.num_devices), case.dtype, case.microbatch,
+            case.num_microbatches, case.recompute, case.schedule, case.virtual_stages, case.synchronisation,
+            case.sync_every,
+        )  # fmt: skip
+        parts = {f.name: float(getattr(times, f.name)[i]) for f in fields(times)}
+        found.append(Choice(case.dims, settings, parts, float(sigma[i]), float(peak[i]), case))
+    return found
 
 
 def alternatives(ranked: Ranked) -> Iterator[Alternative]:
@@ -237,7 +172,7 @@ def what_would_change(ranked: Ranked, machine: Machine, models: Models, best: Ch
 
 def _change(what: str, kind: str, choice: Choice, best: Choice) -> Change:
     gain = 1 - choice.step_s / best.step_s
-    return Change(what, kind, choice, gain, choice.case != best.case and gain > 0)
+    return Change(what, kind, choice, gain, not choice.same_as(best) and gain > 0)
 
 
 def _other_machines(machine: Machine) -> Iterator[tuple[str, Machine]]:
@@ -268,7 +203,7 @@ def _on_another_machine(
     choice = choices(ranked, pool[[winner]], machine, models)[0]
     kept = int(np.flatnonzero(pool == ranked.order[0])[0])
     gain = 1 - float(step_s[winner] / step_s[kept]) if np.isfinite(step_s[kept]) else 1 - choice.step_s / best.step_s
-    return Change(what, "machine", choice, gain, choice.case != best.case)
+    return Change(what, "machine", choice, gain, not choice.same_as(best))
 
 
 def _with_more_memory(ranked: Ranked, machine: Machine, models: Models, best: Choice) -> Change:

@@ -12,7 +12,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, get_type_hints
 
-from turbopump.compute import ops as compute_ops
+from turbopump.compute.ops import OPS
 from turbopump.core.errors import UsageError
 from turbopump.core.files import from_json, to_json, write_atomic
 from turbopump.core.version import VERSION
@@ -20,11 +20,6 @@ from turbopump.core.workload import DTYPE_BYTES, Block, Op, Workload
 
 SCHEMA = 1
 KIND = "workload"
-OPS: Mapping[str, type[Op]] = {
-    cls.__name__: cls
-    for cls in vars(compute_ops).values()
-    if isinstance(cls, type) and issubclass(cls, Op) and cls.__module__ == compute_ops.__name__
-}
 _WHOLE = ("samples", "units", "tied_params")
 
 
@@ -71,7 +66,9 @@ def _op_table(op: Op) -> dict[str, Any]:
 def from_table(table: Any, where: str = "workload") -> Workload:
     """A workload of plain values; raises `UsageError` naming the first thing that is wrong."""
     if not is_workload(table):
-        raise UsageError(f'{where} is no workload ("kind" is not "{KIND}"): turbopump.training.trace_workload writes one')
+        raise UsageError(
+            f'{where} is no workload ("kind" is not "{KIND}"): turbopump.training.trace_workload writes one'
+        )
     if table.get("schema") != SCHEMA:
         raise UsageError(
             f"{where} has schema {table.get('schema')!r}, written by turbopump {table.get('written_by', 'unknown')}; "
