@@ -1,7 +1,7 @@
 """Published measurements of clusters as rows to be judged: all-reduces, the power of hosts, failures.
 
 Cross-validated, an all-reduce of a device over so many ranks is predicted from the same device's other numbers of
-ranks, as on a probed machine (`comms/cost.py`); the power of a host and the time between failures from the other
+ranks, as on a probed machine (`comms/cost.py`), or from the link where these have one size alone; the power of a host and the time between failures from the other
 systems. Frozen, from the catalog's links and power and from the constants below: failures of one large published run,
 power of a data sheet.
 """
@@ -98,7 +98,7 @@ def _collectives(
 
 
 def _all_reduce(op: AllReduce, route: str, others: Sequence[Measurement], link: str) -> Prediction:
-    if others:
+    if len({row.op["bytes"] for row in others}) > 1:  # one size says nothing of another
         return CollectiveModel.of(others).predict(op, route)
     spec = find_link(link)
     return predict_on_link(op, spec if spec.level == op.level else replace(spec, level=op.level))

@@ -20,7 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 BAND = 0.8
-LEAST_GROUPS = 2  # for a band out of other groups
+LEAST_ROWS = 5  # of other groups, for a band out of them
 UNKNOWN_HALF_WIDTH = math.log(2.0)  # where nothing was measured elsewhere: a factor of 2
 Array = NDArray[np.float64]
 
@@ -138,7 +138,7 @@ def half_width(log_errors: Mapping[str, Sequence[float]], without: str = "") -> 
     and one row each of ten others is not all about the one (Vovk, Gammerman and Shafer 2005, for the rank).
     """
     others = {group: errors for group, errors in log_errors.items() if group != without and len(errors)}
-    if len(others) < LEAST_GROUPS:
+    if sum(map(len, others.values())) < LEAST_ROWS:
         return UNKNOWN_HALF_WIDTH
     values = np.concatenate([np.abs(np.asarray(errors, dtype=float)) for errors in others.values()])
     weights = np.concatenate([np.full(len(errors), 1.0 / math.sqrt(len(errors))) for errors in others.values()])

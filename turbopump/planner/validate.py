@@ -271,7 +271,7 @@ def _memory(file: Path) -> list[TableReport]:
     rows = [
         Row(table.name, measured.group, f"{measured.quantity} {measured.case.recompute} {measured.case.dims}",
             float(p), measured.value, "%" if measured.quantity == "activations_relative" else "GiB",
-            asked=_asked(measured, float(p)), capacity=_capacity(measured))
+            asked=_asked(measured, float(p)), capacity=float(measured.device_gib) if measured.quantity == "peak" else math.nan)
         for measured, p in zip(table.rows, predicted)
     ]  # fmt: skip
     basis = "peak memory of the fullest rank, or a part of it; nothing is fitted"
@@ -283,14 +283,6 @@ def _asked(row: memory_tables.MeasuredMemory, predicted_gib: float) -> float:
     if row.quantity != "peak":
         return math.nan
     return predicted_gib * (1 + memory.MARGIN) + memory.OUTSIDE_BYTES / memory.GIB
-
-
-def _capacity(row: memory_tables.MeasuredMemory) -> float:
-    """GiB of the device it ran on."""
-    if row.quantity != "peak":
-        return math.nan
-    h200 = "h200" in row.group.lower()
-    return 141e9 / memory.GIB if h200 else memory_tables.H100_96_BYTES / memory.GIB
 
 
 def _mlperf(
