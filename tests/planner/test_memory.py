@@ -13,8 +13,8 @@ from turbopump.models.transformer.config import TransformerConfig
 from turbopump.models.transformer.workload import workload
 from turbopump.planner import memory_tables
 from turbopump.planner.cases import Case, Cases, DecoderShape, ParallelDims
-from turbopump.planner.fit import does_not_fit, smallest_that_fits
 from turbopump.planner.memory import FRAGMENTATION, GIB, PARTS, SOFTWARE, MemoryUse, memory_bytes
+from turbopump.planner.relief import does_not_fit, smallest_that_fits
 
 PUBLISHED = Path(__file__).parents[2].parent / "shared" / "published"
 MEGATRON = SOFTWARE["megatron"]
@@ -84,6 +84,14 @@ def test_experts_divide_by_expert_parallelism() -> None:
     experts = 8 * 16 * 3 * 1024 * 4096
     assert whole.weights[0, 0] - split.weights[0, 0] == pytest.approx(4 * experts * 7 / 8)
     assert whole.weights[0, 0] == pytest.approx(4 * shape.params)
+
+
+def test_rare_or_coarse_exchanges_keep_more_for_it() -> None:
+    plain, coarse, rare = (
+        use_of(replace(CASE, synchronisation=kind)) for kind in ("synchronous", "quantized", "local")
+    )  # type: ignore[arg-type]
+    assert coarse.optimizer[0, 0] / plain.optimizer[0, 0] == pytest.approx(1.5)
+    assert rare.optimizer[0, 0] / plain.optimizer[0, 0] == pytest.approx(2)
 
 
 def test_a_pipeline_that_does_not_reshard_holds_whole_gradients() -> None:

@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 
 from turbopump.core.errors import UsageError
 from turbopump.core.workload import DTYPE_BYTES
-from turbopump.planner.cases import RECOMPUTES, SCHEDULES, Array, Cases
+from turbopump.planner.cases import RECOMPUTES, SCHEDULES, SYNCHRONISATIONS, Array, Cases
 
 GIB = 2**30
 RANK_CLASSES = ("first", "middle", "last")
@@ -77,6 +77,8 @@ SOFTWARE: Mapping[str, Software] = {
     )
 }
 TURBOPUMP = SOFTWARE["turbopump"]
+EXCHANGE_BYTES = {"synchronous": 0, "quantized": 4, "local": 8}
+"""Of a parameter, kept between exchanges: the error that quantization left; the last common weights and a momentum."""
 CHUNK_LOGITS, CHUNK_ROWS = 2**27, 512
 """Our own loss holds that many fp32 logits at once, or the logits of so many rows (models/transformer/fused.py)."""
 
@@ -144,6 +146,8 @@ def memory_bytes(cases: Cases, software: Software = TURBOPUMP) -> MemoryUse:
     unreduced = sharded & ~reshard & (cases.pp > 1)
     gradients = np.where(unreduced, whole, held) * cases.gradient_bytes
 
+    exchange = np.array([EXCHANGE_BYTES[kind] for kind in SYNCHRONISATIONS], dtype=np.float64)
+    states = cases.optimizer_bytes + exchange[cases.synchronisation]
     layer = (_dense_layer(cases) + _experts(cases) / cases.ep) / cases.tp
     gathered = np.minimum(tables + 2 * layer, whole)  # the root's group stays; one layer in use, the next on its way
     copied = np.where(sharded, np.where(reshard, gathered, whole), np.where(sizes < cases.weight_bytes, whole, 0.0))
@@ -159,19 +163,16 @@ def memory_bytes(cases: Cases, software: Software = TURBOPUMP) -> MemoryUse:
     scratch = software.scratch_bytes * held - activations
     transient = np.maximum(np.maximum(backward, loss), scratch) + _communication(cases, sizes, tokens)
 
-    allocated = (
-        held * (cases.weight_bytes + cases.optimizer_bytes) + gradients + copied * sizes + activations + transient
-    )
-    states = held * (cases.weight_bytes + cases.optimizer_bytes) + gradients + copied * sizes
+    always = held * (cases.weight_bytes + states) + gradients + copied * sizes
     return MemoryUse(
         weights=held * cases.weight_bytes,
         gradients=gradients,
-        optimizer=held * cases.optimizer_bytes,
+        optimizer=held * states,
         working_weights=copied * sizes,
         activations=activations,
         transient=transient,
-        allocator=FRAGMENTATION * allocated,
-        layer_states=states * layers * layer / whole,
+        allocator=FRAGMENTATION * (always + activations + transient),
+        layer_states=always * layers * layer / whole,
         layer_activations=in_layers,
     )
 
