@@ -42,7 +42,7 @@ LEAST_TOKENS = 256
 """Of a sequence on one context-parallel rank; fewer leave attention nothing to compute."""
 ROWS_AT_ONCE = 1 << 20
 SYNC_EVERY = (16, 128)
-"""Steps between exchanges that are tried with local updates (Douillard 2023 exchanged every 500; 16 to 128 is usual)."""
+"""Steps between exchanges that are tried with local updates (Douillard 2023: 500; 16 to 128 is usual)."""
 
 Holds = Mapping[str, tuple[Any, ...]]
 """Values that a choice may take, by its name; a name that is absent is free."""

@@ -99,6 +99,8 @@ class Found:
     changes: tuple[Change, ...]
     landscape: tuple[Mapping[str, Any], ...]
     """The fastest candidate of each split, fastest first: dims, step_s, peak_bytes."""
+    notes: tuple[str, ...] = ()
+    """What was left out, and why."""
 
 
 def margin_sigmas(best: Choice, other: Choice) -> float:

@@ -56,9 +56,9 @@ def explain_misfit(space: Space, machine: Machine, memory: Callable[..., Any], l
     ways = [f"take away --fix {held}={','.join(map(str, space.holds[held]))}" for held in space.holds
             if _some_fit(space.without(held), machine, memory)]  # fmt: skip
     if "recompute" in space.holds and ways and (full := _recompute_that_fits(space, machine, memory)):
-        ways[[i for i, way in enumerate(ways) if "recompute" in way][0]] = f"use --fix recompute={full}"
-    count = next((n for n in _more_devices(space, machine) if _some_fit(replace(space, num_devices=n), machine, memory)),
-                 None)  # fmt: skip
+        ways[next(i for i, way in enumerate(ways) if "recompute" in way)] = f"use --fix recompute={full}"
+    counts = (n for n in _more_devices(space, machine) if _some_fit(replace(space, num_devices=n), machine, memory))
+    count = next(counts, None)
     if count is not None:
         ways.append(f"use {count} devices or more")
     if not ways:

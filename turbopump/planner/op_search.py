@@ -99,7 +99,8 @@ def search_ops(subject: Subject, place: Place, holds: Holds | None = None) -> Fo
     holds = dict(holds or {})
     _check(holds)
     unknown: list[str] = []
-    tried = [choice for option in _options(subject, place, holds) if (choice := _tried(subject, place, option, unknown))]
+    made = (_tried(subject, place, option, unknown) for option in _options(subject, place, holds))
+    tried = [choice for choice in made if choice is not None]
     if not tried:
         raise ProfileError(unknown[0]) if unknown else _nothing_divides(subject, place, holds)
     fitting = sorted((c for c in tried if _fits(c, place)), key=lambda c: c.step_s)
@@ -107,7 +108,8 @@ def search_ops(subject: Subject, place: Place, holds: Holds | None = None) -> Fo
         raise _misfit(subject, place, tried, holds)
     best, runner_up = fitting[0], fitting[1] if len(fitting) > 1 else None
     return Found(best, runner_up, margin_sigmas(best, runner_up) if runner_up else None, len(tried), len(fitting),
-                 tuple(_alternatives(best, tried, fitting)), (), tuple(_landscape(fitting)))  # fmt: skip
+                 tuple(_alternatives(best, tried, fitting)), (), tuple(_landscape(fitting)),
+                 tuple(dict.fromkeys(unknown)))  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -125,8 +127,8 @@ def _check(holds: Holds) -> None:
         neutral = {"schedule": "1f1b", "synchronisation": "synchronous"}.get(name, 1)
         if name not in CHOICES and values != (neutral,):
             raise UsageError(
-                f"--fix {name}={','.join(map(str, values))}: this model is planned operation by operation and split over "
-                f"data only (choices: {', '.join(CHOICES)}): leave it out"
+                f"--fix {name}={','.join(map(str, values))}: this model is planned operation by operation and split "
+                f"over data only (choices: {', '.join(CHOICES)}): leave it out"
             )
 
 
@@ -245,7 +247,8 @@ def _again(workload: Workload, recompute: str) -> list[tuple[Op, int]]:
     """Forward of the blocks that keep less in this mode; with `selective` a part of it, by what is not kept."""
     if recompute == "none":
         return []
-    return [(op, b.count) for b in workload.blocks if b.kept_bytes[recompute] < b.kept_bytes["none"] for op in b.forward]
+    blocks = [block for block in workload.blocks if block.kept_bytes[recompute] < block.kept_bytes["none"]]
+    return [(op, block.count) for block in blocks for op in block.forward]
 
 
 def _exchange(place: Place, params: int, processes: int) -> Prediction:
@@ -325,7 +328,6 @@ def _misfit(subject: Subject, place: Place, tried: list[Choice], holds: Holds) -
     ways.append("take a device with more memory, or a smaller model: splitting over data does not divide it")
     memory = place.memory_bytes or 0
     return PlanError(
-        f"{subject.name} does not fit on {place.profile.name}: at best it needs {least.peak_bytes / (1 << 30):.2f} GiB a "
-        f"process, of {(1 - RESERVED) * memory / (1 << 30):.2f} GiB that a plan may use: {', or '.join(ways)}"
+        f"{subject.name} does not fit on {place.profile.name}: at best a process needs "
+        f"{least.peak_bytes / (1 << 30):.2f} GiB, of {(1 - RESERVED) * memory / (1 << 30):.2f} GiB that a plan may use: {', or '.join(ways)}"
     )
-

@@ -107,8 +107,8 @@ def read(path: Path | str) -> PlanFile:
         )
     if table["schema"] != SCHEMA:
         raise PlanError(
-            f"{path} has schema {table['schema']!r}, written by turbopump {table.get('written_by', 'unknown')}; this is "
-            f"{VERSION}, which reads schema {SCHEMA}: plan again"
+            f"{path} has schema {table['schema']!r}, written by turbopump {table.get('written_by', 'unknown')}; this "
+            f"is {VERSION}, which reads schema {SCHEMA}: plan again"
         )
     try:
         plan: PlanFile = from_json_as(to_json(table), PlanFile)

@@ -142,8 +142,8 @@ def _recipe_case(config: Config, shape: Mapping[str, int], dtype: str) -> Case:
         model.head_width, gated=True, tied=model.tied, name=config.name,
     )  # fmt: skip
     return Case(
-        decoder, shape["seq_len"], config.global_batch, config.microbatch or config.global_batch, recompute=model.recompute,
-        dtype=dtype, optimizer_bytes=OPTIMIZER_BYTES[config.optimizer.kind],
+        decoder, shape["seq_len"], config.global_batch, config.microbatch or config.global_batch,
+        recompute=model.recompute, dtype=dtype, optimizer_bytes=OPTIMIZER_BYTES[config.optimizer.kind],
     )  # fmt: skip
 
 

@@ -25,6 +25,8 @@ from turbopump.planner.machine import Machine
 from turbopump.planner.misfit import explain_misfit, explain_nothing
 
 CHUNK = 1 << 15
+WORTH_SAYING = 0.002
+"""Share of the step time below which a gain is none."""
 POOL = 2000
 """The fastest candidates that are timed again on a changed machine, beside the fastest of every split."""
 
@@ -172,7 +174,7 @@ def what_would_change(ranked: Ranked, machine: Machine, models: Models, best: Ch
 
 def _change(what: str, kind: str, choice: Choice, best: Choice) -> Change:
     gain = 1 - choice.step_s / best.step_s
-    return Change(what, kind, choice, gain, not choice.same_as(best) and gain > 0)
+    return Change(what, kind, choice, gain, not choice.same_as(best) and gain > WORTH_SAYING)
 
 
 def _other_machines(machine: Machine) -> Iterator[tuple[str, Machine]]:
@@ -225,9 +227,9 @@ def _other_training(ranked: Ranked, machine: Machine) -> Iterator[tuple[str, Can
     """The fastest candidates with fp8 products, quantized or rare exchanges: faster, and another run."""
     pool = ranked.candidates.take(ranked.order[:POOL])
     base = ranked.space.base
-    if "dtype" not in ranked.space.holds and base.dtype != "fp8" and DTYPE_BYTES[base.dtype] <= 2:
-        if "fp8" in machine.device.flops_per_s:
-            yield "products in fp8", replace(pool, dtypes=("fp8",), dtype=np.zeros_like(pool.dtype))
+    known = "fp8" in machine.device.flops_per_s and "dtype" not in ranked.space.holds
+    if known and base.dtype != "fp8" and DTYPE_BYTES[base.dtype] <= 2:
+        yield "products in fp8", replace(pool, dtypes=("fp8",), dtype=np.zeros_like(pool.dtype))
     if "synchronisation" in ranked.space.holds:
         return
     several = pool.take(pool.dp_replicate * pool.dp_shard > 1)
