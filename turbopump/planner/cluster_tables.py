@@ -9,6 +9,7 @@ power of a data sheet.
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -98,8 +99,9 @@ def _collectives(
 
 
 def _all_reduce(op: AllReduce, route: str, others: Sequence[Measurement], link: str) -> Prediction:
-    if len({row.op["bytes"] for row in others}) > 1:  # one size says nothing of another
-        return CollectiveModel.of(others).predict(op, route)
+    sizes = Counter(row.op["ranks"] for row in others)
+    if known := [row for row in others if sizes[row.op["ranks"]] > 1]:  # one size says nothing of another
+        return CollectiveModel.of(known).predict(op, route)
     spec = find_link(link)
     return predict_on_link(op, spec if spec.level == op.level else replace(spec, level=op.level))
 

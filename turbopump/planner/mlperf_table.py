@@ -7,9 +7,11 @@ Frozen weights (LoRA) need no gradient of them: of the three products of a train
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol
 
 import numpy as np
 
@@ -56,18 +58,28 @@ def read(path: Path) -> tuple[list[Result], list[str]]:
     return results, problems
 
 
-def predict(results: Sequence[Result], seconds: Callable[[Sequence[Measured]], Array], problems: list[str]) -> list[Row]:
-    """Seconds a step of the fastest option of each result."""
+class StepModel(Protocol):
+    """What predicts the options, as in `validate.StepModel`."""
+
+    def seconds(self, rows: Sequence[Measured]) -> Array: ...
+
+    def half_widths(self, rows: Sequence[Measured]) -> Array | None: ...
+
+
+def predict(results: Sequence[Result], model: StepModel, problems: list[str]) -> list[Row]:
+    """Seconds a step of the fastest option of each result, with its band where the model has one."""
     rows = []
     for result in results:
         try:
-            times_s = np.asarray(seconds(result.options), dtype=float)
+            times_s, widths = model.seconds(result.options), model.half_widths(result.options)
         except TurbopumpError as error:
             problems.append(f"mlperf_training.csv: {result.label}: {error}")
             continue
-        fastest = float(np.min(np.where(np.isfinite(times_s), times_s, np.inf)))
-        share = FROZEN_SHARE if result.frozen_weights else 1.0
-        rows.append(Row("mlperf_training", result.group, result.label, fastest * share, result.step_s, "s"))
+        first = int(np.argmin(np.where(np.isfinite(times_s), times_s, np.inf)))
+        predicted_s = float(times_s[first]) * (FROZEN_SHARE if result.frozen_weights else 1.0)
+        off = math.nan if widths is None else float(widths[first])
+        rows.append(Row("mlperf_training", result.group, result.label, predicted_s, result.step_s, "s",
+                        predicted_s * math.exp(-off), predicted_s * math.exp(off)))  # fmt: skip
     return rows
 
 

@@ -1,20 +1,14 @@
-"""The calibrated model of step times as validation takes it: the one that ships, or one fitted to given rows.
-
-Rows are predicted machine by machine, since one call of the model is for one machine.
-"""
+"""The calibrated model of step times as validation takes it: the one that ships, or one fitted to given rows."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 
-from turbopump.planner import calibration
-from turbopump.planner.calibration import Calibration
-from turbopump.planner.cases import Array, Cases
-from turbopump.planner.choice import BAND_SIGMAS
-from turbopump.planner.machine import Machine
-from turbopump.planner.step import step_times
+from turbopump.planner import calibration, fit
+from turbopump.planner.calibration import REGIMES, Calibration, regimes
+from turbopump.planner.cases import Array
 from turbopump.planner.tables import Measured
 
 
@@ -29,13 +23,16 @@ class OwnStepModel:
         return self._calibration.digest
 
     def seconds(self, rows: Sequence[Measured]) -> Array:
-        return _by_machine(rows, lambda cases, machine: step_times(cases, machine, self._calibration).total)
+        return fit.predict(rows, self._calibration)
 
     def half_widths(self, rows: Sequence[Measured]) -> Array | None:
         """Only of what ships: the errors of other groups give the band of a cross-validated row."""
         if not self._banded:
             return None
-        return BAND_SIGMAS * _by_machine(rows, self._calibration.sigma)
+        found = np.empty(len(rows))
+        for part in fit.parts_of(rows):
+            found[part.index] = self._calibration.half_width(part.cases, part.machine)
+        return found
 
 
 class OwnModels:
@@ -45,18 +42,17 @@ class OwnModels:
         return OwnStepModel(calibration.shipped(), banded=True)
 
     def fitted(self, rows: Sequence[Measured]) -> OwnStepModel:
-        return OwnStepModel(fit_rows(rows), banded=False)
+        return OwnStepModel(fit.fit(rows), banded=False)
 
-
-def _by_machine(rows: Sequence[Measured], model: Callable[[Cases, Machine], Array]) -> Array:
-    found = np.full(len(rows), np.nan)
-    machines: list[tuple[Machine, list[int]]] = []
-    for i, row in enumerate(rows):
-        index = next((members for machine, members in machines if machine == row.machine), None)
-        if index is None:
-            machines.append((row.machine, [i]))
-        else:
-            index.append(i)
-    for machine, members in machines:
-        found[members] = model(Cases.of([rows[i].case for i in members]), machine)
-    return found
+    def half_widths(self, rows: Sequence[Measured], predicted_s: Array) -> Array:
+        """By regime, as the calibration that ships has them."""
+        kind = np.empty(len(rows), dtype=int)
+        for part in fit.parts_of(rows):
+            kind[part.index] = regimes(part.cases, part.machine)
+        groups = np.array([row.group for row in rows])
+        found = np.empty(len(rows))
+        for group in dict.fromkeys(groups.tolist()):
+            by_regime = fit.half_widths(rows, predicted_s, without=group)
+            mine = groups == group
+            found[mine] = np.array([by_regime[name] for name in REGIMES])[kind[mine]]
+        return found

@@ -47,9 +47,15 @@ class StepModel(Protocol):
 class StepModels(Protocol):
     """Where calibrated models come from."""
 
-    def shipped(self) -> StepModel: ...
+    def shipped(self) -> StepModel:
+        """That comes with the package."""
 
-    def fitted(self, rows: Sequence[Measured]) -> StepModel: ...
+    def fitted(self, rows: Sequence[Measured]) -> StepModel:
+        """Fitted to these rows alone."""
+
+    def half_widths(self, rows: Sequence[Measured], predicted_s: Array) -> Array | None:
+        """Of cross-validated rows: each from the errors of the groups but its own, [rows]; None to leave it to the
+        table's other groups."""
 
 
 @dataclass(frozen=True)
@@ -130,12 +136,13 @@ def validate(path: Path, *, frozen: bool = False, models: StepModels | None = No
     mode: Mode = "frozen" if frozen else "cross-validated"
     models = models or _own_models()
     step_rows, problems = _read_steps(files)
-    shipped = models.shipped() if frozen and step_rows else None
+    shipped = models.shipped() if frozen else None
+    judged = _judge_steps(step_rows, shipped, models, problems)
     reports: list[TableReport] = []
     for file in files:
         if file.stem in STEP_TABLES:
-            own = [row for row in step_rows if row.table == file.stem]
-            reports += _steps(file.stem, own, step_rows, problems[file.stem], shipped, models)
+            basis = _FROZEN_STEPS if frozen else _HELD_OUT_STEPS
+            reports += _parts(file.stem, [row for row in judged if row.table == file.stem], problems[file.stem], basis)
         if file.stem in memory_tables.COLUMNS:
             reports += _memory(file)
         if file.stem in mlperf_table.COLUMNS:
@@ -190,38 +197,57 @@ def _check_columns(files: Sequence[Path]) -> None:
 # step times -----------------------------------------------------------------------------------------------------------
 
 
-def _read_steps(files: Sequence[Path]) -> tuple[list[Measured], dict[str, tuple[str, ...]]]:
+def _read_steps(files: Sequence[Path]) -> tuple[list[Measured], dict[str, list[str]]]:
     rows: list[Measured] = []
-    problems: dict[str, tuple[str, ...]] = {}
+    problems: dict[str, list[str]] = {}
     for file in files:
         if file.stem in STEP_TABLES:
             table = nemo_table.read(file) if file.stem == nemo_table.NAME else tables.read(file)
             rows += table.rows
-            problems[file.stem] = table.problems
+            problems[file.stem] = list(table.problems)
     return rows, problems
 
 
-def _steps(
-    name: str, own: Sequence[Measured], everything: Sequence[Measured], problems: Sequence[str],
-    shipped: StepModel | None, models: StepModels,
-) -> list[TableReport]:  # fmt: skip
-    """A report a part of the table; problems stand with the first."""
-    not_predicted = list(problems)
+_FROZEN_STEPS = "step times by the calibration that ships"
+_HELD_OUT_STEPS = "step times; every group by a calibration without it, its band from the errors of the other groups"
+
+
+def _judge_steps(
+    rows: Sequence[Measured], shipped: StepModel | None, models: StepModels, problems: Mapping[str, list[str]]
+) -> list[Row]:
+    """All step times of all tables; what cannot be predicted is added to the problems of its table."""
     if shipped is not None:
-        rows = _predicted(own, shipped, not_predicted)
-        basis = "step times by the calibration that ships"
-    else:
-        rows = []
-        for group in dict.fromkeys(row.group for row in own):
-            model = models.fitted([row for row in everything if row.group != group])
-            rows += _predicted([row for row in own if row.group == group], model, not_predicted)
-        basis = "step times; every group by a calibration without it, its band from the errors of the other groups"
+        return [row for _, row in _predicted(rows, shipped, problems)]
+    pairs: list[tuple[Measured, Row]] = []
+    for group in dict.fromkeys((row.table, row.group) for row in rows):
+        own, others = [], []
+        for row in rows:
+            (own if (row.table, row.group) == group else others).append(row)
+        if others:
+            pairs += _predicted(own, models.fitted(others), problems)
+        else:
+            problems[group[0]] += [f"{row.table}.csv: {row.group} {row.choice}: no other group to calibrate with; "
+                                   "judge it by what ships: --frozen" for row in own]  # fmt: skip
+    if not pairs:
+        return []
+    widths = models.half_widths([m for m, _ in pairs], np.array([row.predicted for _, row in pairs]))
+    if widths is None:
+        return [row for _, row in pairs]
+    return [_banded(row, float(width)) for (_, row), width in zip(pairs, widths, strict=True)]
+
+
+def _banded(row: Row, half: float) -> Row:
+    return replace(row, low=row.predicted * math.exp(-half), high=row.predicted * math.exp(half))
+
+
+def _parts(name: str, rows: Sequence[Row], problems: Sequence[str], basis: str) -> list[TableReport]:
+    """A report a part of the table; problems stand with the first."""
     reports = []
     for number, part in enumerate(list(dict.fromkeys(_part(row) for row in rows)) or [""]):
         members = [row for row in rows if _part(row) == part]
         if any(math.isnan(row.low) for row in members):
             members = _with_bands(members)
-        reports.append(_checked(TableReport(name, part, basis, tuple(members), () if number else tuple(not_predicted))))
+        reports.append(_checked(TableReport(name, part, basis, tuple(members), () if number else tuple(problems))))
     return reports
 
 
@@ -230,9 +256,11 @@ def _part(row: Row) -> str:
     return row.group.partition("/")[0] if row.table in ("gpt_3d_parallel_runs", "llm_published_runs") else ""
 
 
-def _predicted(own: Sequence[Measured], model: StepModel, not_predicted: list[str]) -> list[Row]:
+def _predicted(
+    own: Sequence[Measured], model: StepModel, problems: Mapping[str, list[str]]
+) -> list[tuple[Measured, Row]]:
     """Rows with predictions; machine by machine, so that one which the model refuses does not take others with it."""
-    found: list[Row] = []
+    found: list[tuple[Measured, Row]] = []
     by_machine: dict[str, list[Measured]] = {}
     for row in own:
         by_machine.setdefault(f"{row.machine.device.name} x {row.machine.num_devices}", []).append(row)
@@ -240,13 +268,12 @@ def _predicted(own: Sequence[Measured], model: StepModel, not_predicted: list[st
         try:
             seconds, half_widths = model.seconds(members), model.half_widths(members)
         except TurbopumpError as error:
-            not_predicted += [f"{row.table}.csv: {row.group} {row.choice} on {machine}: {error}" for row in members]
+            for row in members:
+                problems[row.table].append(f"{row.table}.csv: {row.group} {row.choice} on {machine}: {error}")
             continue
         for i, row in enumerate(members):
-            s = float(seconds[i])
-            off = math.nan if half_widths is None else float(half_widths[i])
-            found.append(Row(row.table, row.group, row.choice, s, row.step_s, "s", s * math.exp(-off),
-                             s * math.exp(off), row.choice))  # fmt: skip
+            judged = Row(row.table, row.group, row.choice, float(seconds[i]), row.step_s, "s", choice=row.choice)
+            found.append((row, judged if half_widths is None else _banded(judged, float(half_widths[i]))))
     return found
 
 
@@ -255,17 +282,15 @@ def _with_bands(rows: Sequence[Row]) -> list[Row]:
     errors = {group: [math.log(r.predicted / r.measured) for r in members if r.predicted > 0]
               for group, members in grouped(rows).items()}  # fmt: skip
     widths = {group: half_width(errors, without=group) for group in errors}
-    return [
-        replace(row, low=row.predicted * math.exp(-widths[row.group]), high=row.predicted * math.exp(widths[row.group]))
-        for row in rows
-    ]
+    return [_banded(row, widths[row.group]) for row in rows]
 
 
 # memory, MLPerf, the rest ---------------------------------------------------------------------------------------------
 
 
 def _memory(file: Path) -> list[TableReport]:
-    """Figures of memory; nothing in that model was fitted but two constants, so both modes are the same."""
+    """Figures of memory; nothing in that model was fitted but two constants, so both modes are the same. The band is
+    the margin that `fits` keeps, to both sides."""
     table = memory_tables.read(file)
     predicted = memory_tables.predictions(table.rows) if table.rows else np.zeros(0)
     rows = [
@@ -275,7 +300,7 @@ def _memory(file: Path) -> list[TableReport]:
         for measured, p in zip(table.rows, predicted)
     ]  # fmt: skip
     basis = "peak memory of the fullest rank, or a part of it; nothing is fitted"
-    return [_checked(TableReport(table.name, "memory", basis, tuple(_with_bands(rows)), table.problems))]
+    return [_checked(TableReport(table.name, "memory", basis, tuple(_banded(row, math.log1p(memory.MARGIN)) for row in rows), table.problems))]
 
 
 def _asked(row: memory_tables.MeasuredMemory, predicted_gib: float) -> float:
@@ -285,25 +310,19 @@ def _asked(row: memory_tables.MeasuredMemory, predicted_gib: float) -> float:
     return predicted_gib * (1 + memory.MARGIN) + memory.OUTSIDE_BYTES / memory.GIB
 
 
-def _mlperf(
-    file: Path, shipped: StepModel | None, models: StepModels, step_rows: Sequence[Measured]
-) -> TableReport:
+def _mlperf(file: Path, shipped: StepModel | None, models: StepModels, step_rows: Sequence[Measured]) -> TableReport:
     """Throughput of rows whose transformer is known, by the fastest split that the step model finds."""
     measured, problems = mlperf_table.read(file)
-    not_predicted = list(problems)
-    rows: list[Row] = []
-    if measured:
-        if shipped is None and not step_rows:
-            not_predicted += [f"{m.label}: no table of step times to calibrate with; try --frozen" for m in measured]
-        else:
-            model = shipped or models.fitted(step_rows)
-            rows = mlperf_table.predict(measured, lambda options: _safe(model, options), not_predicted)
+    not_predicted, rows = list(problems), []
+    if measured and shipped is None and not step_rows:
+        why = "no table of step times to calibrate with; judge it by what ships: --frozen"
+        not_predicted += [f"{file.name}: {m.label}: {why}" for m in measured]
+    elif measured:
+        rows = mlperf_table.predict(measured, shipped or models.fitted(step_rows), not_predicted)
+    if any(math.isnan(row.low) for row in rows):
+        rows = _with_bands(rows)
     basis = "seconds a step of the fastest split that divides (the table says none), by the model of step times"
-    return _checked(TableReport(file.stem, "", basis, tuple(_with_bands(rows)), tuple(not_predicted)))
-
-
-def _safe(model: StepModel, options: Sequence[Measured]) -> Array:
-    return model.seconds(options)
+    return _checked(TableReport(file.stem, "", basis, tuple(rows), tuple(not_predicted)))
 
 
 def _basis(name: str, frozen: bool) -> str:
