@@ -3,8 +3,8 @@
 from dataclasses import replace
 
 from turbopump.planner.cases import DecoderShape, ParallelDims
-from turbopump.planner.plan_file import Inputs, PlanFile, Prediction, Sizes
 from turbopump.planner.choice import Alternative, Change, Choice, Found, Settings
+from turbopump.planner.plan_file import Inputs, PlanFile, Prediction, Sizes
 from turbopump.reporting.plan_page import PlanView, ScalePoint
 
 GIB = 2**30

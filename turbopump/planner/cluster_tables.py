@@ -1,9 +1,9 @@
 """Published measurements of clusters as rows to be judged: all-reduces, the power of hosts, failures.
 
 Cross-validated, an all-reduce of a device over so many ranks is predicted from the same device's other numbers of
-ranks, as on a probed machine (`comms/cost.py`), or from the link where these have one size alone; the power of a host and the time between failures from the other
-systems. Frozen, from the catalog's links and power and from the constants below: failures of one large published run,
-power of a data sheet.
+ranks, as on a probed machine (`comms/cost.py`), or from the link where these have one size alone; the power of a host
+and the time between failures from the other systems. Frozen, from the catalog's links and power and from the constants
+below: failures of one large published run, power of a data sheet.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from turbopump.hardware.profile import Measurement, Prediction, Trial
 from turbopump.hardware.specs import DeviceSpec
 from turbopump.planner.judged import Row
 from turbopump.planner.machine import node_link
-from turbopump.planner.operation_tables import Line, reason, spec_of
+from turbopump.planner.operation_tables import BAD_ROW, Line, reason, spec_of
 
 COLUMNS: Mapping[str, tuple[str, ...]] = {
     "allreduce_intranode": ("gpu", "ranks", "bytes", "time_us"),
@@ -83,11 +83,12 @@ def _collectives(
             if not 0 < seconds < math.inf:
                 raise ValueError("no time is given")
             found.append((device, route, op, seconds, link))
-        except (ValueError, KeyError, CatalogError, UsageError) as error:
+        except BAD_ROW as error:
             problems.append(f"{path.name}:{number}: {reason(error)}")
     rows = []
     for device, route, op, seconds, link in found:
-        others = [_measurement(o, s, r, d) for d, r, o, s, _ in found if (d, r) == (device, route) and o.ranks != op.ranks]
+        others = [_measurement(o, s, r, d) for d, r, o, s, _ in found
+                  if (d, r) == (device, route) and o.ranks != op.ranks]  # fmt: skip
         try:
             p = _all_reduce(op, route, [] if frozen else others, link)
         except (ProfileError, UsageError) as error:
@@ -125,7 +126,7 @@ def _power(path: Path, lines: Sequence[Line], frozen: bool) -> tuple[list[Row], 
                 raise ValueError(f"the power of {spec.name} is not in the catalog")
             per_node = float(line["accelerators"]) / float(line["nodes"])
             read.append((line["benchmark"], line["system"], spec.power_w * per_node, float(line["avg_W_per_node"])))
-        except (ValueError, KeyError, ZeroDivisionError, CatalogError) as error:
+        except BAD_ROW as error:
             problems.append(f"{path.name}:{number}: {reason(error)}")
     rows = []
     for group, label, paper_w, measured_w in read:
@@ -155,7 +156,7 @@ def _failures(path: Path, lines: Sequence[Line], frozen: bool) -> tuple[list[Row
     for number, line in enumerate(lines, 2):
         try:
             read.append((line["system"], line["cause_or_metric"], _gpu_hours(line)))
-        except (ValueError, KeyError, ZeroDivisionError) as error:
+        except BAD_ROW as error:
             problems.append(f"{path.name}:{number}: {reason(error)}")
     rows = []
     for system, metric, hours in read:

@@ -1,4 +1,4 @@
-"""MLPerf's training results as steps to be judged: those of which the transformer is known (GPT-3, Llama 2 70B by LoRA).
+"""MLPerf's training results as steps to be judged, where the transformer is known: GPT-3, Llama 2 70B by LoRA.
 
 The minutes of a result hold luck of convergence; the throughput that the run tracked does not, so that is judged. The
 split over devices is not in the table: the fastest of the usual ones is taken, as a submitter would have tuned it.
@@ -15,12 +15,12 @@ from typing import Protocol
 
 import numpy as np
 
-from turbopump.core.errors import CatalogError, TurbopumpError, UsageError
+from turbopump.core.errors import CatalogError, TurbopumpError
 from turbopump.hardware.specs import DeviceSpec
 from turbopump.planner.cases import Case, DecoderShape, ParallelDims
 from turbopump.planner.judged import Array, Row
 from turbopump.planner.machine import Machine, family, from_catalog
-from turbopump.planner.operation_tables import Line, read_lines, reason, spec_of
+from turbopump.planner.operation_tables import BAD_ROW, Line, read_lines, reason, spec_of
 from turbopump.planner.tables import Measured
 
 COLUMNS: Mapping[str, tuple[str, ...]] = {
@@ -53,7 +53,7 @@ def read(path: Path) -> tuple[list[Result], list[str]]:
     for number, line in enumerate(read_lines(path)[0], 2):
         try:
             results.append(_result(line))
-        except (ValueError, KeyError, ZeroDivisionError, CatalogError, UsageError) as error:
+        except BAD_ROW as error:
             problems.append(f"{path.name}:{number}: {reason(error)}")
     return results, problems
 
@@ -123,7 +123,8 @@ def _step_s(line: Line, shape: DecoderShape, seq_len: int, batch: int, machine: 
     since they differ by the length of a sequence and the number of devices."""
     rate, flops = float(line["tracked_throughput_median"]), 6.0 * shape.params * seq_len
     peak = machine.peak_flops_per_s("fp8") * machine.num_devices
-    readings = {"samples/s": rate, "tokens/s": rate / seq_len, "tokens/s of a device": rate * machine.num_devices / seq_len}
+    tokens = rate / seq_len
+    readings = {"samples/s": rate, "tokens/s": tokens, "tokens/s of a device": tokens * machine.num_devices}
     possible = [samples for samples in readings.values() if PLAUSIBLE[0] < samples * flops / peak < PLAUSIBLE[1]]
     if not possible:
         raise ValueError(f"a throughput of {rate:g} is possible in no unit known here ({', '.join(readings)})")
@@ -151,4 +152,3 @@ def _holds(case: Case, machine: Machine) -> bool:
     """Whether 16-bit weights leave a quarter of the device free: what is fast but impossible is no option."""
     held = 2.0 * case.shape.params / (case.dims.tp * case.dims.pp)
     return machine.device.memory_bytes is None or held < 0.75 * machine.device.memory_bytes
-

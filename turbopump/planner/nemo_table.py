@@ -16,7 +16,7 @@ from turbopump.core.errors import CatalogError, UsageError
 from turbopump.hardware.specs import DeviceSpec
 from turbopump.planner.cases import Case, DecoderShape, ParallelDims
 from turbopump.planner.machine import DEVICES_PER_NODE, family, from_catalog
-from turbopump.planner.operation_tables import read_lines, reason, spec_of
+from turbopump.planner.operation_tables import BAD_ROW, read_lines, reason, spec_of
 from turbopump.planner.tables import Measured, Table
 
 NAME = "nemo_megatron_bridge_runs"
@@ -72,7 +72,7 @@ def read(path: Path) -> Table:
     for number, line in enumerate(lines, 2):
         try:
             rows.append(_row({name: line[column].strip() for name, column in found.items()}))
-        except (ValueError, KeyError, ZeroDivisionError, CatalogError, UsageError) as error:
+        except BAD_ROW as error:
             problems.append(f"{path.name}:{number}: {reason(error)}")
     return Table(NAME, tuple(rows), tuple(problems))
 
@@ -81,10 +81,7 @@ def columns_of(columns: tuple[str, ...]) -> dict[str, str]:
     """The table's own name of every column that is known."""
     plain = {re.sub(r"[^a-z]", "", column.lower()): column for column in reversed(columns)}
     return {
-        name: plain[alias]
-        for name, aliases in COLUMN_NAMES.items()
-        for alias in reversed(aliases)
-        if alias in plain
+        name: plain[alias] for name, aliases in COLUMN_NAMES.items() for alias in reversed(aliases) if alias in plain
     }
 
 
@@ -111,7 +108,8 @@ def _row(cells: Mapping[str, str]) -> Measured:
                 sequence_parallel=tp > 1)  # fmt: skip
     step_s = _step_s(case, cells, gpus)
     group = f"{shape.name}/{spec.name}"
-    return Measured(NAME, group, f"{group}/{gpus}/{case.seq_len}/{case.global_batch}/{case.dtype}", machine, case, step_s)
+    choice = f"{group}/{gpus}/{case.seq_len}/{case.global_batch}/{case.dtype}"
+    return Measured(NAME, group, choice, machine, case, step_s, cluster=f"{NAME}/{spec.name}")
 
 
 def _step_s(case: Case, cells: Mapping[str, str], gpus: int) -> float:

@@ -28,6 +28,8 @@ from turbopump.hardware.specs import DeviceSpec
 from turbopump.planner.judged import Row
 
 Line = Mapping[str, str]
+BAD_ROW = (ValueError, KeyError, ArithmeticError, UsageError)
+"""What reading a row of a table may raise, whatever stands in it; a `CatalogError` is a `UsageError`."""
 DTYPES = {"fp32": "fp32", "fp16in_fp32math": "fp16", "fp16": "fp16", "tensorcore": "fp16", "fp16_tensorcore": "fp16",
           "bf16": "bf16", "fp8": "fp8", "int8": "int8", "tf32": "tf32"}  # fmt: skip
 PLATFORMS = {"IA_KNL7250": "knl-7250", "NV_M40": "m40", "NV_T4": "t4", "AMD_MI25": "mi25", "AMD_VegaFE": "vega-fe",
@@ -57,7 +59,7 @@ class Timed:
 
 
 def judge(path: Path, lines: Sequence[Line], *, frozen: bool) -> tuple[list[Row], list[str]]:
-    """All operations of a table with predictions, in seconds; and the rows that were not understood, with the reason."""
+    """All operations of a table with predictions, in seconds; and the rows that were not understood, with why."""
     timed, problems = _read(path, lines)
     groups: dict[tuple[str, str], list[Timed]] = defaultdict(list)
     for row in timed:
@@ -98,7 +100,7 @@ def _read(path: Path, lines: Sequence[Line]) -> tuple[list[Timed], list[str]]:
             if not found:
                 raise ValueError("no time is given")
             timed += found
-        except (ValueError, KeyError, CatalogError, UsageError, ZeroDivisionError) as error:
+        except BAD_ROW as error:
             problems.append(f"{path.name}:{number}: {reason(error)}")
     return timed, problems
 
@@ -129,7 +131,7 @@ def _conv(line: Line) -> Iterator[Timed]:
     sizes, spec = [int(line[name]) for name in names], spec_of(line["platform"])
     for column, direction in PASSES.items():
         if line[column]:
-            op = Conv2d(*sizes, _dtype(line), direction=direction)  # type: ignore[arg-type,misc]
+            op = Conv2d(*sizes, _dtype(line), direction=direction)  # type: ignore[call-arg, arg-type, misc]
             yield Timed(_platform(line), spec, op, float(line[column]) / 1e3)
 
 
@@ -159,8 +161,11 @@ def _ops(line: Line) -> Iterator[Timed]:
         yield Timed(group, spec, Gemm(m, int(line["N"]), int(line["K"]), "fp16", "nn"), float(line["time_ms"]) / 1e3)
         return
     n = int(line["N"] or 1)
-    made: Mapping[str, Op] = {"gelu": Elementwise("gelu", m * n, 1, 1, "fp16"), "layernorm": Norm("layer", m, n, "fp16"),
-                              "softmax": Elementwise("softmax", m * n, 1, 1, "fp16")}  # fmt: skip
+    made: Mapping[str, Op] = {
+        "gelu": Elementwise("gelu", m * n, 1, 1, "fp16"),
+        "layernorm": Norm("layer", m, n, "fp16"),
+        "softmax": Elementwise("softmax", m * n, 1, 1, "fp16"),
+    }
     if kind not in made:
         raise ValueError(f"the operation {kind!r} is not understood (known: matmul_fp16, {', '.join(made)})")
     yield Timed(group, spec, made[kind], m * n / (float(line["value"]) * 1e9))

@@ -23,7 +23,7 @@ import numpy as np
 from turbopump.core.errors import ConfigError, TurbopumpError, UsageError
 from turbopump.planner import cluster_tables, memory, memory_tables, mlperf_table, nemo_table, operation_tables, tables
 from turbopump.planner.judged import Array, Row, Score, by_group, grouped, half_width, score
-from turbopump.planner.operation_tables import Line, read_lines
+from turbopump.planner.operation_tables import read_lines
 from turbopump.planner.tables import Measured
 
 Mode = Literal["cross-validated", "frozen"]
@@ -121,8 +121,12 @@ def _plain(found: Score) -> dict[str, float | int | None]:
 def known_tables() -> dict[str, tuple[str, ...]]:
     """Columns that each known table must have, by the stem of its file; `torchtitan_runs` holds times and memory;
     the columns of Megatron-Bridge go by several names, which `nemo_table` knows."""
-    return {**memory_tables.COLUMNS, **tables.COLUMNS, **operation_tables.COLUMNS, **cluster_tables.COLUMNS,
-            **mlperf_table.COLUMNS, nemo_table.NAME: ()}  # fmt: skip
+    found: dict[str, tuple[str, ...]] = {nemo_table.NAME: ()}
+    for columns in (tables.COLUMNS, memory_tables.COLUMNS, operation_tables.COLUMNS, cluster_tables.COLUMNS,
+                    mlperf_table.COLUMNS):  # fmt: skip
+        for name, needed in columns.items():
+            found[name] = tuple(dict.fromkeys((*found.get(name, ()), *needed)))
+    return found
 
 
 def validate(path: Path, *, frozen: bool = False, models: StepModels | None = None) -> Report:
@@ -150,7 +154,8 @@ def validate(path: Path, *, frozen: bool = False, models: StepModels | None = No
         judge = _JUDGES.get(file.stem)
         if judge is not None:
             rows, not_predicted = judge(file, read_lines(file)[0], frozen=frozen)
-            reports.append(_checked(TableReport(file.stem, "", _basis(file.stem, frozen), tuple(rows), tuple(not_predicted))))
+            basis = _basis(file.stem, frozen)
+            reports.append(_checked(TableReport(file.stem, "", basis, tuple(rows), tuple(not_predicted))))
     return Report(str(path), mode, shipped.digest if shipped else "", tuple(reports), tuple(ignored))
 
 
@@ -220,9 +225,8 @@ def _judge_steps(
         return [row for _, row in _predicted(rows, shipped, problems)]
     pairs: list[tuple[Measured, Row]] = []
     for group in dict.fromkeys((row.table, row.group) for row in rows):
-        own, others = [], []
-        for row in rows:
-            (own if (row.table, row.group) == group else others).append(row)
+        own = [row for row in rows if (row.table, row.group) == group]
+        others = [row for row in rows if (row.table, row.group) != group]
         if others:
             pairs += _predicted(own, models.fitted(others), problems)
         else:
@@ -293,14 +297,16 @@ def _memory(file: Path) -> list[TableReport]:
     the margin that `fits` keeps, to both sides."""
     table = memory_tables.read(file)
     predicted = memory_tables.predictions(table.rows) if table.rows else np.zeros(0)
-    rows = [
-        Row(table.name, measured.group, f"{measured.quantity} {measured.case.recompute} {measured.case.dims}",
-            float(p), measured.value, "%" if measured.quantity == "activations_relative" else "GiB",
-            asked=_asked(measured, float(p)), capacity=float(measured.device_gib) if measured.quantity == "peak" else math.nan)
-        for measured, p in zip(table.rows, predicted)
-    ]  # fmt: skip
+    rows = []
+    for of, p in zip(table.rows, predicted, strict=True):
+        label = f"{of.quantity} {of.case.recompute} {of.case.dims}"
+        unit = "%" if of.quantity == "activations_relative" else "GiB"
+        capacity = float(of.device_gib) if of.quantity == "peak" else math.nan
+        rows.append(Row(table.name, of.group, label, float(p), of.value, unit, asked=_asked(of, float(p)),
+                        capacity=capacity))  # fmt: skip
     basis = "peak memory of the fullest rank, or a part of it; nothing is fitted"
-    return [_checked(TableReport(table.name, "memory", basis, tuple(_banded(row, math.log1p(memory.MARGIN)) for row in rows), table.problems))]
+    banded = tuple(_banded(row, math.log1p(memory.MARGIN)) for row in rows)
+    return [_checked(TableReport(table.name, "memory", basis, banded, table.problems))]
 
 
 def _asked(row: memory_tables.MeasuredMemory, predicted_gib: float) -> float:

@@ -1,4 +1,4 @@
-"""The page of a plan: what to run, where a step's time should go, what else there is, what it costs, what would change it.
+"""The page of a plan: what to run, where a step's time should go, what else there is and costs, what would change it.
 
     write_page(PlanView(plan, found, machine_words, capacity_bytes), Path("plan.html"))
 
@@ -15,8 +15,8 @@ from typing import Any
 
 from turbopump.core.files import write_atomic
 from turbopump.core.units import human, human_bytes, human_seconds
-from turbopump.planner.plan_file import PlanFile
 from turbopump.planner.choice import Alternative, Change, Choice, Found
+from turbopump.planner.plan_file import PlanFile
 from turbopump.reporting import html
 from turbopump.reporting.html import Html, join, prose, tag
 from turbopump.reporting.page import moment, page_footer, plots, tile
@@ -121,9 +121,10 @@ def page_header(view: PlanView) -> Html:
 
 def headline(view: PlanView) -> str:
     plan, p = view.plan, view.plan.prediction
+    band = f"{human_seconds(p.low_s)} to {human_seconds(p.high_s)}"
     text = (
-        f"A step should take {human_seconds(p.step_s)} (80 % band {human_seconds(p.low_s)} to {human_seconds(p.high_s)}): "
-        f"{human(p.units_per_s)} {plan.model.unit}s a second. Split as {settings_words(plan)}."
+        f"A step should take {human_seconds(p.step_s)} (80 % band {band}): {human(p.units_per_s)} "
+        f"{plan.model.unit}s a second. Split as {settings_words(plan)}."
     )
     if view.found is not None and view.found.runner_up is not None and view.found.margin_sigmas is not None:
         slower = view.found.runner_up.step_s / view.found.best.step_s - 1
@@ -227,15 +228,16 @@ def heat_map(found: Found) -> Html:
         return Html()
     least, most = (of(row["step_s"] for row in cells.values()) for of in (min, max))
     head = tag("tr", tag("th", "", scope="col"), *(tag("th", f"tp {tp}", scope="col") for tp in tensor))
-    body = [
-        tag("tr", tag("th", f"pp {pp}", scope="row", style="white-space:nowrap"), *(_cell(cells.get((pp, tp)), least, most) for tp in tensor))
-        for pp in stages
-    ]
+    body = []
+    for pp in stages:
+        name = tag("th", f"pp {pp}", scope="row", style="white-space:nowrap")
+        body.append(tag("tr", name, *(_cell(cells.get((pp, tp)), least, most) for tp in tensor)))
     inner = tag("table", tag("caption", "Best step time by tp and pp"), tag("thead", head), tag("tbody", *body),
                 class_="numbers")  # fmt: skip
     note = "The fastest candidate of each pair, with its microbatch (mb); stronger colour: nearer to the best."
     return tag("div", tag("h3", "Step time by tensor and pipeline parallel sizes"),
-               tag("div", inner, class_="scroll whole", tabindex="0", role="region", aria_label="Step time by tp and pp"),
+               tag("div", inner, class_="scroll whole", tabindex="0", role="region",
+                   aria_label="Step time by tp and pp"),
                tag("p", note, class_="muted"), class_="card", style="margin-top:16px")  # fmt: skip
 
 
@@ -268,8 +270,8 @@ def _slower(alternative: Alternative) -> str:
 
 def scale_table(points: Sequence[ScalePoint]) -> Html:
     rows = [
-        [f"{p.num_devices:,}", human_seconds(p.step_s), human_seconds(p.wall_s), "–" if p.usd is None else f"${human(p.usd)}",
-         "–" if p.kwh is None else human(p.kwh * 1e3, "Wh"), p.split]
+        [f"{p.num_devices:,}", human_seconds(p.step_s), human_seconds(p.wall_s),
+         "–" if p.usd is None else f"${human(p.usd)}", "–" if p.kwh is None else human(p.kwh * 1e3, "Wh"), p.split]
         for p in sorted(points, key=lambda p: p.num_devices)
     ]  # fmt: skip
     header = ["devices", "step", "time to finish", "cost", "energy", "split"]

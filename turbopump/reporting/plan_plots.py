@@ -91,7 +91,7 @@ def waterfall(plan: PlanFile) -> Figure | None:
                       xaxis={"showgrid": True, "range": [0.0, 1.04 * max(top, p.step_s * times)]}),
         table=Table(["kind of time", "seconds", "share"],
                     [[n, human_seconds(s), percent(s / p.step_s)] for n, (_, s) in zip(names, bars)]),
-        note=f"The orange line is the 80 % band of the whole step: {human_seconds(p.low_s)} to {human_seconds(p.high_s)}.",
+        note=f"The orange line is the 80 % band of the step: {human_seconds(p.low_s)} to {human_seconds(p.high_s)}.",
     )  # fmt: skip
 
 
@@ -170,7 +170,7 @@ def _time_axis(times: Sequence[float]) -> dict[str, Any]:
     """A logarithmic axis with ticks where people have names for times, and enough of them on a short one."""
     axis, (low, high) = seconds_axis(times), span_of(times)
     if high > 60 and high / low < 1e4:
-        whole = (1, 10, 60, 600, 3600, 4 * 3600, 86400, 4 * 86400, 16 * 86400, 64 * 86400, 256 * 86400)
+        whole: tuple[int, ...] = (1, 10, 60, 600, 3600, 4 * 3600, 86400, 4 * 86400, 16 * 86400, 64 * 86400, 256 * 86400)
         if high / low < 100:
             whole = (*whole, 30, 120, 1800, 2 * 3600, 8 * 3600, 2 * 86400, 8 * 86400, 32 * 86400)
         ticks = sorted(float(t) for t in whole if low <= t <= high)

@@ -1,4 +1,4 @@
-"""The page of `plan --validate`: predicted beside measured for every row of every table, with the band; scores beneath."""
+"""The page of `plan --validate`: predicted beside measured for every row of every table, with its band; scores."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from turbopump.planner.validate import Report, TableReport
 from turbopump.reporting import html
 from turbopump.reporting.html import Html, join, prose, tag
 from turbopump.reporting.page import page_footer, plots, tile
-from turbopump.reporting.plots import Figure, Table, label, layout
+from turbopump.reporting.plots import Figure, Table, layout
 from turbopump.reporting.probe_axes import MAX_POINTS, colour, dots, rate_axis, seconds_axis, span_of
 from turbopump.reporting.series import sample_rows
 from turbopump.reporting.validation_text import HEAD, cells
@@ -45,7 +45,8 @@ def _header(report: Report) -> Html:
     how = "by what ships, fitted on other rows" if report.mode == "frozen" else "each group by a calibration without it"
     rows = sum(len(part.rows) for part in report.tables)
     missing = sum(len(part.not_predicted) for part in report.tables)
-    shown = [(part.title, percent(part.total.error), f"{len(part.rows):,} rows") for part in report.tables if part.total]
+    totals = [(part, total) for part in report.tables if (total := part.total)]
+    shown = [(part.title, percent(total.error), f"{total.num_rows:,} rows") for part, total in totals]
     fitted = f", calibration fitted on {report.calibration}" if report.calibration else ""
     text = f"{rows:,} rows of {len(report.tables)} tables predicted {how}; {missing:,} rows could not be predicted."
     return tag(
@@ -127,7 +128,8 @@ def scores(report: Report) -> Html:
         groups: Mapping[str, Score] = part.groups
         if len(groups) > 1:
             ordered = sorted(groups.items(), key=lambda item: -item[1].error)
-            content = html.table(Table(["group", *HEAD], [[name, *cells(s)] for name, s in ordered]), caption=part.title)
+            rows = [[name, *cells(one)] for name, one in ordered]
+            content = html.table(Table(["group", *HEAD], rows), caption=part.title)
             basis = tag("p", f"Predicted: {part.basis}.", class_="muted")
             blocks.append(html.details(f"{part.title}: {len(groups)} groups", basis, content))
     return tag("div", *blocks, class_="card")
@@ -135,10 +137,11 @@ def scores(report: Report) -> Html:
 
 def left_out(report: Report) -> Html:
     """Rows without a prediction, with the reason; files that are no table."""
-    blocks = [
-        html.details(f"{part.title}: {len(part.not_predicted):,} rows", tag("ul", *(tag("li", w) for w in part.not_predicted)))
-        for part in report.tables if part.not_predicted
-    ]  # fmt: skip
+    blocks = []
+    for part in report.tables:
+        if part.not_predicted:
+            reasons = tag("ul", *(tag("li", why) for why in part.not_predicted))
+            blocks.append(html.details(f"{part.title}: {len(part.not_predicted):,} rows", reasons))
     if report.ignored:
-        blocks.append(tag("p", f"No table known here: {', '.join(label(name) for name in report.ignored)}.", class_="muted"))
+        blocks.append(tag("p", f"No table known here: {', '.join(report.ignored)}.", class_="muted"))
     return tag("div", *blocks, class_="card")
