@@ -307,6 +307,79 @@ def evaluate(
 
 
 @app.command
+def plan(
+    recipe: Path,
+    /,
+    *overrides: str,
+    on: str | None = None,
+    device: str | None = None,
+    count: int | None = None,
+    link: str | None = None,
+    devices_per_node: int | None = None,
+    fix: Annotated[tuple[str, ...], Parameter(negative=(), consume_multiple=True)] = (),
+    seq_len: int = 0,
+    global_batch: int = 0,
+    steps: int | None = None,
+    tokens: float | None = None,
+    price: float | None = None,
+    output: Path | None = None,
+    json: Flag = False,
+) -> None:
+    """How to train a model on a machine, how long it takes, what it costs, and how sure that is.
+
+    Examples:
+
+        turbopump plan recipes/lm-stdlib.toml
+        turbopump plan recipes/lm-stdlib.toml --on machine.json --output plan.toml
+        turbopump plan config.json --device h100-sxm --count 1024 --link infiniband-ndr --tokens 1e12
+        turbopump plan config.json --device h100-sxm --count 64 --fix tp=4 recompute=none,selective
+        turbopump plan workload.json --device a100-80gb-sxm --count 8 --global-batch 256
+
+    Parameters
+    ----------
+    recipe
+        A recipe, a Hugging Face config.json, or the workload.json of a traced module.
+    overrides
+        Settings that replace the recipe's: microbatch=8
+    on
+        A machine file of probe, or a device of the catalog; default machine.json.
+    device
+        A device of the catalog, e.g. h100-sxm, or of a file of your own: FILE.toml:ENTRY
+    count
+        How many devices; on the processors of a host, how many processes.
+    link
+        What joins the hosts: a link of the catalog, or of a file; default infiniband-ndr.
+    devices_per_node
+        Devices of a host; default 8.
+    fix
+        Hold a choice, or some values of it: tp=4 recompute=none,full. Known: pp, dp_replicate, dp_shard, cp, tp, ep,
+        microbatch, virtual_stages, sync_every, recompute, schedule, synchronisation, dtype.
+    seq_len
+        Tokens of a sequence, for a config.json; default 4096.
+    global_batch
+        Samples of a step, for a config.json or workload.json.
+    steps
+        Steps to the end; default the recipe's.
+    tokens
+        Tokens (or what the model counts) to the end, e.g. 1e12.
+    price
+        Dollars for an hour of one device; default the catalog's.
+    output
+        Write plan.toml here, for train --plan.
+    json
+        Print JSON: every alternative and the landscape of the search too.
+    """
+    from turbopump import plan as verb
+
+    said = verb.plan_from_command_line(
+        recipe, overrides, output=output, as_json=json, columns=shutil.get_terminal_size().columns, on=on, device=device,
+        count=count, link=link, devices_per_node=devices_per_node, fix=fix, seq_len=seq_len, global_batch=global_batch,
+        steps=steps, tokens=tokens, usd_per_hour=price,
+    )  # fmt: skip
+    print(said)
+
+
+@app.command
 def pack(
     *paths: str,
     tokenizer: Literal["bytes", "bpe"] = "bytes",
@@ -459,7 +532,7 @@ def main(arguments: list[str] | None = None) -> int:
     return 0
 
 
-VERBS = ("probe", "pack", "train", "evaluate", "report", "inspect")
+VERBS = ("probe", "plan", "pack", "train", "evaluate", "report", "inspect")
 
 
 def _fail(message: str, exit_code: int) -> int:

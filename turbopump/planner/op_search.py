@@ -31,6 +31,7 @@ from turbopump.planner.recipe_cases import Subject
 from turbopump.planner.summary import GRADIENT_BYTES, WEIGHT_BYTES
 
 CPU = "cpu"
+GIB = 1 << 30
 COMMON = 0.5
 """Correlation of the errors of two operations' predictions: those of one kind err together, others do not."""
 LEAST_SIGMA = 0.05
@@ -84,8 +85,9 @@ class Place:
 
     @property
     def collectives(self) -> CollectiveModel:
+        """Of sums over ranks alone: the others need not be fitted."""
         if self._collectives is None:
-            rows = [row for row in self.profile.rows if row.domain == "comms"]
+            rows = [row for row in self.profile.rows if row.kind == AllReduce.__name__]
             self._collectives = CollectiveModel.of(rows, self.profile.links)
         return self._collectives
 
@@ -253,6 +255,8 @@ def _again(workload: Workload, recompute: str) -> list[tuple[Op, int]]:
 
 def _exchange(place: Place, params: int, processes: int) -> Prediction:
     """The sum of all gradients over the processes."""
+    if processes == 1:
+        return Prediction(0.0, 0.0, 0.0, "measured")
     level: Level = "node" if place.is_host or processes <= place.devices_per_node else "rack"
     levels = {link.level for link in place.profile.links}
     if not place.is_host and level not in levels:
@@ -326,8 +330,8 @@ def _misfit(subject: Subject, place: Place, tried: list[Choice], holds: Holds) -
     if "microbatch" in holds and min(holds["microbatch"]) > 1:
         ways.append("use a smaller --fix microbatch")
     ways.append("take a device with more memory, or a smaller model: splitting over data does not divide it")
-    memory = place.memory_bytes or 0
+    usable = (1 - RESERVED) * (place.memory_bytes or 0)
     return PlanError(
-        f"{subject.name} does not fit on {place.profile.name}: at best a process needs "
-        f"{least.peak_bytes / (1 << 30):.2f} GiB, of {(1 - RESERVED) * memory / (1 << 30):.2f} GiB that a plan may use: {', or '.join(ways)}"
+        f"{subject.name} does not fit on {place.profile.name}: at best a process needs {least.peak_bytes / GIB:.2f} GiB, "
+        f"of {usable / GIB:.2f} GiB that a plan may use: {', or '.join(ways)}"
     )

@@ -31,7 +31,7 @@ def summary(subject: Subject, target: str, found: Found, forecast: Forecast, fil
         ("machine", [_machine(target, file)]),
         ("best", [words(found.best)]),
         ("step", [_step(found.best)]),
-        ("", _parts(found.best)),
+        ("", _parts(found.best, width)),
         ("speed", [_speed(subject, found.best, forecast)]),
         ("memory", [_memory(file)]),
         ("to finish", list(_finish(forecast, found.best))),
@@ -88,11 +88,12 @@ def _step(best: Choice) -> str:
             f"{human_seconds(best.high_s)}")  # fmt: skip
 
 
-def _parts(best: Choice) -> Iterator[str]:
+def _parts(best: Choice, width: int) -> Iterator[str]:
+    longest = min(BAR, width - INDENT - 43)
     for name, seconds in best.breakdown.items():
         share = seconds / best.step_s
         if share >= 0.001:
-            bar = "#" * max(1, round(BAR * share))
+            bar = "#" * max(1, round(longest * share))
             yield f"{WORDS[name]:<22}{human_seconds(seconds):>9}  {share:>6.1%}  {bar}"
 
 
@@ -129,7 +130,7 @@ def _finish(forecast: Forecast, best: Choice) -> Iterator[str]:
     else:
         yield "how long it is was not said: give --steps or --tokens for time, dollars and energy"
     if forecast.bill is not None:
-        yield "; ".join(forecast.bill.lines())
+        yield "; ".join(forecast.bill.lines()).replace("usd_per_hour of a device", "--price")
     failures = f"{run.num_failures:.1f} failures expected" if run.num_failures >= 0.05 else "no failure expected"
     when = "" if forecast.num_steps else " in a month"
     every = f"every {run.interval_steps:,} steps ({human_seconds(run.interval_s)})"
