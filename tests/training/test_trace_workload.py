@@ -89,7 +89,7 @@ def test_autocast_is_seen():
 
 def test_convolutions_count_as_torch_counts_them():
     model = nn.Sequential(nn.Conv2d(3, 8, 3, stride=2, padding=1), nn.BatchNorm2d(8), nn.ReLU(),
-                          nn.Conv2d(8, 8, 3, groups=4, padding=2, dilation=2), nn.ConvTranspose2d(8, 4, 2, stride=2),
+                          nn.Conv2d(8, 8, 3, padding=2, dilation=2), nn.ConvTranspose2d(8, 4, 2, stride=2),
                           nn.Flatten(2), nn.Conv1d(4, 6, 5))  # fmt: skip
     images = torch.randn(2, 3, 16, 16)
     workload = trace_workload(model, images)
@@ -97,6 +97,12 @@ def test_convolutions_count_as_torch_counts_them():
         model(images).mean().backward()
     assert workload.cost.flops == counter.get_total_flops()
     assert len(ops(workload, Conv2d)) == 4
+
+
+def test_groups_count_their_own_products_alone():
+    """torch's counter multiplies the weight's gradient by the groups."""
+    workload = trace_workload(nn.Conv2d(8, 8, 3, groups=4), torch.zeros(2, 8, 10, 10, requires_grad=True))
+    assert workload.cost.flops == 3 * 2 * (2 * 8 * 8 * 8) * (2 * 9)
 
 
 def test_a_recurrent_layer_is_one_operation():
