@@ -362,6 +362,6 @@ def _misfit(subject: Subject, place: Place, tried: list[Choice], holds: Holds) -
     ways.append("take a device with more memory, or a smaller model: splitting over data does not divide it")
     usable = (1 - RESERVED) * (place.memory_bytes or 0)
     return PlanError(
-        f"{subject.name} does not fit on {place.profile.name}: at best a process needs {least.peak_bytes / GIB:.2f} GiB, "
-        f"of {usable / GIB:.2f} GiB that a plan may use: {', or '.join(ways)}"
+        f"{subject.name} does not fit on {place.profile.name}: at best a process needs {least.peak_bytes / GIB:.2f} "
+        f"GiB, of {usable / GIB:.2f} GiB that a plan may use: {', or '.join(ways)}"
     )

@@ -162,10 +162,10 @@ def _cost_tile(name: str, value: float) -> tuple[str, str, str] | None:
     known = {"usd": ("cost", f"${human(value)}"), "kwh": ("energy", human(value * 1e3, "Wh"))}
     if name in known:
         return (*known[name], "to finish")
-    if name.endswith("_s"):
-        return name.removesuffix("_s").replace("_", " "), human_seconds(value), ""
     if name.endswith("_per_s"):
         return name.removesuffix("_per_s").replace("_", " "), f"{human(value)}/s", ""
+    if name.endswith("_s"):
+        return name.removesuffix("_s").replace("_", " "), human_seconds(value), ""
     return name.replace("_", " "), percent(value) if name == "goodput" else human(value), ""
 
 
