@@ -33,6 +33,7 @@ from turbopump.hardware.measured import measured_device, measured_links, measure
 from turbopump.hardware.measuring import Bench, ProbeProgress, Session
 from turbopump.hardware.process import prepare_to_compute
 from turbopump.hardware.profile import SCHEMA, Domain, MachineProfile, Request, check_same_machine, load, save
+from turbopump.planner.own_run import ops_of
 from turbopump.planner.summary import microbatch_workload
 
 if TYPE_CHECKING:
@@ -151,12 +152,15 @@ def default_threads() -> tuple[int, ...]:
 
 
 def recipe_ops(recipe: Path | str | Config, overrides: Sequence[str] = ()) -> tuple[Op, ...]:
-    """Each operation of a step once: a microbatch's, in fp32 and bf16 where the recipe leaves that to measurement."""
+    """Each operation of a step once, in fp32 and bf16 where the recipe leaves that to measurement: those of the
+    workload, and what `train` computes around them."""
     config = _config(recipe, overrides)
+    if microbatch_workload(config) is None:
+        raise _live(config, recipe)
+    processes = config.launch.num_processes or 1
     ops: dict[Op, None] = {}
-    for dtype in ("fp32", "bf16") if config.precision.compute == "auto" else (None,):
-        workload = _workload(config, recipe, dtype)
-        ops |= dict.fromkeys([*(op for op, _ in workload.ops()), *workload.optimizer_ops])
+    for dtype in ("fp32", "bf16") if config.precision.compute == "auto" else (config.precision.compute,):
+        ops |= dict.fromkeys(ops_of(config, dtype, processes))
     return tuple(ops)
 
 
@@ -167,10 +171,14 @@ def _config(recipe: Path | str | Config, overrides: Sequence[str]) -> Config:
 def _workload(config: Config, recipe: Path | str | Config, dtype: str | None) -> Workload:
     workload = microbatch_workload(config, dtype=dtype)
     if workload is None:
-        name = config.name if isinstance(recipe, Config) else recipe
-        raise UsageError(f"{name}: the operations of a live model are not known before it runs: give a recipe whose "
-                         "model and data have a kind of their own")  # fmt: skip
+        raise _live(config, recipe)
     return workload
+
+
+def _live(config: Config, recipe: Path | str | Config) -> UsageError:
+    name = config.name if isinstance(recipe, Config) else recipe
+    return UsageError(f"{name}: the operations of a live model are not known before it runs: give a recipe whose "
+                      "model and data have a kind of their own")  # fmt: skip
 
 
 def _existing(output: Path, overwrite: bool) -> MachineProfile | None:
@@ -323,6 +331,7 @@ def _profile(
         links=measured_links(rows), storage=measured_storage(rows, str(request.directory.resolve())), rows=rows,
         quality=quality(rows), left_out=tuple(_left_out(session)),
         uncertain=tuple(_uncertain(session, place, joined, existing)), request=asked,
+        calibration=existing.calibration if existing is not None else None,
     )  # fmt: skip
 
 

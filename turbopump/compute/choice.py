@@ -110,7 +110,7 @@ def _choose(op: Op, found: Mapping[str, Estimate]) -> Choice:
         return Choice(op.key, best.route, best.seconds, best.default_seconds, best.gain, basis, best.evidence,
                       best.error, best.noise, reason)  # fmt: skip
     if best is None:
-        inexact = [e.route for e in found.values() if not e.exact and e.route != DEFAULT and e.gain > 1]
+        inexact = [e.route for e in found.values() if not e.exact and e.error is not None and e.gain > 1]
         reason = f"faster, but not exact: {', '.join(inexact)}" if inexact else "no other route was measured"
         noise = 0.0
     else:

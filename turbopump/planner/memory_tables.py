@@ -74,7 +74,7 @@ def read(path: Path) -> MemoryTable:
         try:
             if (row := _READERS[name](line)) is not None:
                 rows.append(row)
-        except (ValueError, KeyError, ZeroDivisionError, TypeError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError, ArithmeticError, UsageError) as error:
             problems.append(f"{path.name}:{number}: {error}")
     return MemoryTable(name, tuple(rows), tuple(problems))
 

@@ -100,7 +100,7 @@ def read(path: Path) -> Table:
             if not 0 < measured.step_s < 1e6:
                 raise ValueError(f"a step of {measured.step_s:g} s")
             rows.append(measured)
-        except (ValueError, KeyError, ZeroDivisionError, UsageError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError, ArithmeticError, UsageError) as error:
             problems.append(f"{path.name}:{number}: {error}")
     return Table(name, tuple(rows), tuple(problems))
 
