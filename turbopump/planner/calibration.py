@@ -13,13 +13,14 @@ import math
 import tomllib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cache
+from functools import cache, lru_cache
 from importlib.resources import files
 from importlib.resources.abc import Traversable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from turbopump.core.errors import CatalogError
 from turbopump.core.files import write_atomic
@@ -29,11 +30,14 @@ from turbopump.planner.parameters import NAMES, PARAMETERS
 
 SCHEMA = 1
 SHIPPED = files("turbopump.planner") / "calibrations" / "published.toml"
-REGIMES = ("split within a host", "split between hosts", "sharded")
+KINDS = ("within a host", "between hosts", "sharded")
+REGIMES = (*KINDS, *(f"{kind}, like measured ones" for kind in KINDS))
+LIKE_MEASURED = 0.6
+"""From this nearness on a case counts as like measured ones: a case on an anchor has 0.92."""
 UNKNOWN_HALF_WIDTH = math.log(1.3)  # of the 80 % band where nothing was left out to learn it from
 SIGMA_OF_BAND = 1.2816  # half of an 80 % band in standard deviations, were errors normal
 FEATURES = ("tp", "tokens", "hidden", "seq_len", "hosts", "recompute", "fp8")
-LENGTHS = (0.6, 0.6, 0.8, 0.8, 0.8, 0.5, 0.5)
+LENGTHS = (0.6, 0.6, 1.0, 1.0, 1.0, 0.5, 0.5)
 """How far apart two cases may be, in doublings (hosts: in roots of doublings), to say much of each other."""
 PRIOR_DEVIATION, NOISE_DEVIATION = 0.10, 0.03
 """Of what structure leaves over, and of that part of it that cases alike do not share."""
@@ -85,16 +89,34 @@ class Calibration:
 
     def correction(self, cases: Cases, machine: Machine) -> Array:
         """Logarithm of the factor that measured cases alike suggest, [cases]; 0 far from all of them."""
-        known = tuple(a for a in self.anchors if set(a.families) <= set(machine.families))
+        known = self._anchors_of(machine)
         if not known:
             return np.zeros(len(cases))
         return _similarity(features(cases, machine), _points(known)) @ _weights(known)
+
+    def nearness(self, cases: Cases, machine: Machine) -> Array:
+        """Share of what structure leaves over that similar measured cases tell, 0 to 1, [cases]."""
+        known = self._anchors_of(machine)
+        if not known:
+            return np.zeros(len(cases))
+        points = _points(known)
+        near = _similarity(features(cases, machine), points)
+        return np.sum(near * np.linalg.solve(_covariance(points), near.T).T, axis=1) / PRIOR_DEVIATION**2
+
+    def regimes(self, cases: Cases, machine: Machine) -> NDArray[np.int64]:
+        """Index in REGIMES of every case: errors within one are of a size."""
+        between = cases.num_devices > machine.devices_per_node
+        kind = np.where(cases.dp_shard > 1, KINDS.index("sharded"), np.where(between, KINDS.index("between hosts"), 0))
+        return kind + len(KINDS) * (self.nearness(cases, machine) >= LIKE_MEASURED)
 
     def half_width(self, cases: Cases, machine: Machine) -> Array:
         """Half of the 80 % band of the step time, in the logarithm, [cases]."""
         widest = max(self.half_widths.values(), default=UNKNOWN_HALF_WIDTH)
         known = np.array([self.half_widths.get(regime, widest) for regime in REGIMES])
-        return known[regimes(cases, machine)]
+        return known[self.regimes(cases, machine)]
+
+    def _anchors_of(self, machine: Machine) -> tuple[Anchor, ...]:
+        return tuple(anchor for anchor in self.anchors if set(anchor.families) <= set(machine.families))
 
     def sigma(self, cases: Cases, machine: Machine) -> Array:
         """Standard deviation of the logarithm of the step time, [cases]."""
@@ -111,11 +133,6 @@ def features(cases: Cases, machine: Machine) -> Array:
     ], axis=1)  # fmt: skip
 
 
-def regimes(cases: Cases, machine: Machine) -> np.ndarray:
-    """Index in REGIMES of every case: errors within one are of a size."""
-    return np.where(cases.dp_shard > 1, 2, np.where(cases.num_devices > machine.devices_per_node, 1, 0))
-
-
 def _points(anchors: Sequence[Anchor]) -> Array:
     return np.array([anchor.at for anchor in anchors])
 
@@ -127,12 +144,14 @@ def _similarity(one: Array, other: Array) -> Array:
     return PRIOR_DEVIATION**2 * np.exp(-0.5 * np.maximum(squared, 0.0))
 
 
-@cache
+@lru_cache(maxsize=8)
 def _weights(anchors: tuple[Anchor, ...]) -> Array:
     """Of each anchor in the mean of the Gaussian process (Rasmussen and Williams 2006, eq. 2.25)."""
-    points = _points(anchors)
-    covariance = _similarity(points, points) + NOISE_DEVIATION**2 * np.eye(len(anchors))
-    return np.linalg.solve(covariance, np.array([anchor.residual for anchor in anchors]))
+    return np.linalg.solve(_covariance(_points(anchors)), np.array([anchor.residual for anchor in anchors]))
+
+
+def _covariance(points: Array) -> Array:
+    return _similarity(points, points) + NOISE_DEVIATION**2 * np.eye(len(points))
 
 
 @cache
@@ -150,7 +169,8 @@ def save(calibration: Calibration, path: Path) -> None:
     for name in NAMES:
         low, high = calibration.bands.get(name, (calibration.shared[name],) * 2)
         lines += ["", f"[shared.{name}]  # {PARAMETERS[name].unit}: {PARAMETERS[name].meaning}",
-                  f"value = {_number(calibration.shared[name])}", f"band = [{_number(low)}, {_number(high)}]"]  # fmt: skip
+                  f"value = {_number(calibration.shared[name])}",
+                  f"band = [{_number(low)}, {_number(high)}]"]  # fmt: skip
     for family, factors in calibration.families.items():
         lines += ["", f'[families."{family}"]', *(f"{name} = {_number(f)}" for name, f in factors.items())]
     groups: dict[tuple[str, ...], list[Anchor]] = {}

@@ -9,21 +9,27 @@ Bytes of a ring of n ranks: (n - 1) / n of the buffer for a gather or scatter, t
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 import numpy as np
 
 from turbopump.planner.cases import Array, Cases
 from turbopump.planner.machine import Machine
 
-Constants = Mapping[str, float]
+Constants = Mapping[str, Any]
+"""Parameters by name: numbers, or arrays [points, 1] that give every result a first axis (for derivatives)."""
 QUANTIZED_BYTES = 1.0  # of one gradient: int8 with a scale a block
+SLOWER_WHEN_FEW = 0.5
+"""A ring of n on one host reaches n / (n + 0.5) of what many do: A100s with NVSwitch, allreduce_intranode.csv."""
 NEVER = 1e30  # bytes a second of a link that is not there, where nothing is sent over it
 
 
-def ring_s(machine: Machine, constants: Constants, sweeps: float, size_bytes: Array, ranks: Array, local: Array) -> Array:
+def ring_s(
+    machine: Machine, constants: Constants, sweeps: float, size_bytes: Array, ranks: Array, local: Array
+) -> Array:
     """Seconds of `sweeps` passes round a ring of `ranks`, `local` of them a host: 1 to gather or scatter, 2 to sum."""
     hosts = np.maximum(ranks / local, 1.0)
-    node = node_rate(machine, constants)
+    node = node_rate(machine, constants) * local / (local + SLOWER_WHEN_FEW)
     network = network_rate(machine, constants) * local / machine.devices_per_node
     rate = np.where(hosts > 1, np.minimum(np.where(local > 1, node, NEVER), network), node)
     latency = constants["node_latency_s"] * np.log2(2 * local) * (local > 1)
@@ -32,7 +38,7 @@ def ring_s(machine: Machine, constants: Constants, sweeps: float, size_bytes: Ar
 
 
 def node_rate(machine: Machine, constants: Constants) -> float:
-    """Bytes a second of one device to others of its host. Without such a link devices are taken to share the network."""
+    """Bytes a second of one device to others of its host. Without such a link they share the network."""
     link = machine.node or machine.network
     return link.bytes_per_s * constants["node_efficiency"] if link else NEVER
 
@@ -83,8 +89,8 @@ def send_s(cases: Cases, machine: Machine, constants: Constants) -> Array:
     Stages lie dp x cp x tp devices apart: of the boundaries between them, that share of a host's devices crosses."""
     size = 2 * cases.microbatch * cases.seq_len / cases.cp * cases.hidden
     stride = cases.dp * cases.cp * cases.tp
-    crossing = np.where(cases.pp * stride > machine.devices_per_node, np.minimum(1.0, stride / machine.devices_per_node),
-                        0.0)  # fmt: skip
+    share = np.minimum(1.0, stride / machine.devices_per_node)
+    crossing = np.where(cases.pp * stride > machine.devices_per_node, share, 0.0)
     node_link = machine.node or machine.network
     node = constants["node_send_efficiency"] * (node_link.bytes_per_s if node_link else NEVER)
     ports = machine.network_bytes_per_s / machine.devices_per_node if machine.network else node
@@ -106,7 +112,9 @@ def gradients_s(cases: Cases, machine: Machine, constants: Constants, params: Ar
     exchange = ring_s(machine, constants, 2.0, held * width, cases.dp_replicate, local)
     memory = machine.memory_bytes_per_s * constants["memory_efficiency"]
     coding = np.where((kind == 1) & (cases.dp_replicate > 1), 4 * held * cases.gradient_bytes / memory, 0.0)
-    return (exchange * constants["gradient_exposed"] + coding) / np.where(kind == 2, np.maximum(cases.sync_every, 1), 1.0)
+    return (exchange * constants["gradient_exposed"] + coding) / np.where(
+        kind == 2, np.maximum(cases.sync_every, 1), 1.0
+    )
 
 
 def tied_table_s(cases: Cases, machine: Machine, constants: Constants) -> Array:

@@ -2,7 +2,7 @@
 
 Levenberg-Marquardt (Marquardt 1963) on the logarithm of predicted over measured, with a soft-L1 loss and log-normal
 priors: single bad rows do not pull, and what the rows say nothing about stays where physics put it. Rows of one
-cluster resemble each other, so n of them count as 10 sqrt(n). All derivatives of a round are one call of the model,
+cluster resemble each other, so n of them count as 5 sqrt(n). All derivatives of a round are one call of the model,
 with parameters along the first axis. What is left over becomes anchors; bands of parameters come from the Hessian.
 """
 
@@ -18,7 +18,13 @@ from numpy.typing import NDArray
 from turbopump.core.errors import UsageError
 from turbopump.core.files import digest
 from turbopump.planner.calibration import (
-    REGIMES, SIGMA_OF_BAND, UNKNOWN_HALF_WIDTH, Anchor, Calibration, features, regimes,
+    KINDS,
+    REGIMES,
+    SIGMA_OF_BAND,
+    UNKNOWN_HALF_WIDTH,
+    Anchor,
+    Calibration,
+    features,
 )  # fmt: skip
 from turbopump.planner.cases import Array, Cases
 from turbopump.planner.machine import Machine
@@ -26,7 +32,7 @@ from turbopump.planner.parameters import NAMES, PARAMETERS
 from turbopump.planner.step import step_times, structural_times
 from turbopump.planner.tables import Measured
 
-SOFT = 0.05
+SOFT = 0.07
 """Logarithmic error from which the loss grows in proportion instead of as a square."""
 MOST_ROUNDS = 30
 LONGEST_MOVE = 0.7
@@ -72,7 +78,10 @@ def parts_of(rows: Sequence[Measured]) -> list[Part]:
         key = repr(replace(row.machine, num_devices=1))
         machines.setdefault(key, row.machine)
         positions.setdefault(key, []).append(i)
-    return [Part(machines[key], np.array(found), Cases.of([rows[i].case for i in found])) for key, found in positions.items()]
+    return [
+        Part(machines[key], np.array(found), Cases.of([rows[i].case for i in found]))
+        for key, found in positions.items()
+    ]
 
 
 def predict(rows: Sequence[Measured], calibration: Calibration) -> Array:
@@ -87,7 +96,7 @@ def fit(rows: Sequence[Measured], start: Calibration | None = None) -> Calibrati
     """A calibration fitted to `rows`, beginning at `start` (the prior by default), whose bands are its prior spreads.
 
     Raises `UsageError` for no rows. Bands of step times are those of `start`: only rows that were left out can say
-    them (`with_bands`).
+    them (`published`).
     """
     if not rows:
         raise UsageError("there is nothing to calibrate with: give at least one measured step")
@@ -98,8 +107,8 @@ def fit(rows: Sequence[Measured], start: Calibration | None = None) -> Calibrati
     x, hessian = _solve(parts, unknowns, measured, weights_of(rows))
     deviation = np.sqrt(np.diag(np.linalg.inv(hessian)))
     shared = {name: min(math.exp(x[i]), PARAMETERS[name].cap) for i, name in enumerate(NAMES)}
-    bands = {name: (shared[name] * math.exp(-SIGMA_OF_BAND * deviation[i]), shared[name] * math.exp(SIGMA_OF_BAND * deviation[i]))
-             for i, name in enumerate(NAMES)}  # fmt: skip
+    off = np.exp(SIGMA_OF_BAND * deviation)
+    bands = {name: (shared[name] / float(off[i]), shared[name] * float(off[i])) for i, name in enumerate(NAMES)}
     families: dict[str, dict[str, float]] = {name: dict(found) for name, found in start.families.items()}
     for i, (family, name) in enumerate(unknowns.factors, len(NAMES)):
         families.setdefault(family, {})[name] = math.exp(x[i])
@@ -108,10 +117,10 @@ def fit(rows: Sequence[Measured], start: Calibration | None = None) -> Calibrati
 
 
 def weights_of(rows: Sequence[Measured]) -> Array:
-    """What a row counts: n rows of a cluster together 10 sqrt(n), for they share what the model lacks."""
+    """What a row counts: n rows of a cluster together 5 sqrt(n), for they share what the model lacks."""
     clusters = [row.cluster for row in rows]
     count = {name: clusters.count(name) for name in set(clusters)}
-    return np.array([10.0 / math.sqrt(count[name]) for name in clusters])
+    return np.array([5.0 / math.sqrt(count[name]) for name in clusters])
 
 
 def digests(rows: Sequence[Measured]) -> dict[str, str]:
@@ -186,40 +195,48 @@ def _residuals(parts: Sequence[Part], unknowns: _Unknowns, x: Array, measured: A
     return found - measured
 
 
-def cross_validated(rows: Sequence[Measured], groups: Sequence[str] | None = None) -> Array:
-    """Seconds of every row's step by a calibration that never saw its group, [rows]; nan for `groups` not asked for."""
-    found = np.full(len(rows), np.nan)
-    every = np.array([f"{row.table}/{row.group}" for row in rows])
-    for group in dict.fromkeys(every.tolist()):
-        if groups is None or group in groups:
-            held = every == group
-            calibration = fit([row for row, out in zip(rows, held, strict=True) if not out])
-            found[held] = predict([row for row, out in zip(rows, held, strict=True) if out], calibration)
-    return found
+@dataclass(frozen=True)
+class LeftOut:
+    """Every row predicted by a calibration that never saw its group, [rows]."""
+
+    step_s: Array
+    regime: NDArray[np.int64]
+    """Index in REGIMES, as that calibration saw the row."""
 
 
-def half_widths(rows: Sequence[Measured], predicted: Array, *, without: str = "") -> dict[str, float]:
+def cross_validated(rows: Sequence[Measured]) -> LeftOut:
+    """Leave one group out at a time. Raises `UsageError` where there are fewer than two."""
+    groups = np.array([f"{row.table}/{row.group}" for row in rows])
+    if len(set(groups.tolist())) < 2:
+        raise UsageError("leaving a group out needs at least two: give rows of several models or clusters")
+    step_s, regime = np.empty(len(rows)), np.empty(len(rows), dtype=np.int64)
+    for group in dict.fromkeys(groups.tolist()):
+        held = np.flatnonzero(groups == group)
+        calibration = fit([row for row, name in zip(rows, groups, strict=True) if name != group])
+        for part in parts_of([rows[int(i)] for i in held]):
+            step_s[held[part.index]] = step_times(part.cases, part.machine, calibration).total
+            regime[held[part.index]] = calibration.regimes(part.cases, part.machine)
+    return LeftOut(step_s, regime)
+
+
+def half_widths(rows: Sequence[Measured], left_out: LeftOut, *, without: str = "") -> dict[str, float]:
     """Half of the 80 % band by regime, from errors on groups that were left out (split conformal, Vovk 2005).
 
-    A regime with few rows takes the band of all. `without` leaves a group's own errors out.
+    Cases like measured ones with few rows to judge them take the band of their kind; kinds with few rows take the
+    widest. `without` leaves a group's own errors out.
     """
-    keep = np.array([row.group != without for row in rows]) & np.isfinite(predicted)
-    errors = np.abs(np.log(np.where(keep, predicted, 1.0) / [row.step_s for row in rows]))
-    kind = np.empty(len(rows), dtype=int)
-    for part in parts_of(rows):
-        kind[part.index] = regimes(part.cases, part.machine)
-    everywhere = _covering(errors[keep])
-    found = {}
-    for i, name in enumerate(REGIMES):
-        own = errors[keep & (kind == i)]
-        found[name] = _covering(own) if len(own) >= FEWEST_FOR_BAND else everywhere
-    return found
+    keep = np.array([row.group != without for row in rows])
+    errors = np.abs(np.log(left_out.step_s / [row.step_s for row in rows]))
+    own = [errors[keep & (left_out.regime == i)] for i in range(len(REGIMES))]
+    widths = [_covering(found) if len(found) >= FEWEST_FOR_BAND else math.nan for found in own]
+    widest = max((width for width in widths if not math.isnan(width)), default=UNKNOWN_HALF_WIDTH)
+    kinds = [widest if math.isnan(width) else width for width in widths[: len(KINDS)]]
+    alike = [kinds[i] if math.isnan(width) else width for i, width in enumerate(widths[len(KINDS) :])]
+    return dict(zip(REGIMES, kinds + alike, strict=True))
 
 
 def _covering(errors: Array) -> float:
     """The smallest half width that covers the share wanted of these errors and one more."""
-    if not len(errors):
-        return UNKNOWN_HALF_WIDTH
     return float(np.quantile(errors, min(1.0, COVERED * (len(errors) + 1) / len(errors)), method="higher"))
 
 

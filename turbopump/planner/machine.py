@@ -16,7 +16,8 @@ from turbopump.hardware.specs import DeviceSpec, LinkSpec
 
 NODE_LINKS = (
     ("rubin", "nvlink6"), ("b200", "nvlink5"), ("b300", "nvlink5"), ("gb", "nvlink5"), ("h100", "nvlink4"),
-    ("h200", "nvlink4"), ("a100", "nvlink3"), ("v100 sxm", "nvlink2"), ("p100", "nvlink1"), ("mi3", "infinity-fabric-mi300x"),
+    ("h200", "nvlink4"), ("a100", "nvlink3"), ("v100 sxm", "nvlink2"), ("p100", "nvlink1"),
+    ("mi3", "infinity-fabric-mi300x"),
 )  # fmt: skip
 """The link within a host that devices of that name come with; PCIe 4 where none of them is said."""
 DEVICES_PER_NODE = 8

@@ -15,6 +15,7 @@ import numpy as np
 from turbopump.core.errors import UsageError
 from turbopump.planner.cases import Array
 
+
 @dataclass(frozen=True)
 class Event:
     """Forward or backward of one microbatch by one chunk of a stage; `chunk` counts over all stages in order."""
@@ -37,7 +38,11 @@ class Timeline:
 
 
 def simulate(
-    forward_s: Sequence[float], backward_s: Sequence[float], *, num_stages: int, num_microbatches: int,
+    forward_s: Sequence[float],
+    backward_s: Sequence[float],
+    *,
+    num_stages: int,
+    num_microbatches: int,
     send_s: float = 0.0,
 ) -> Timeline:
     """The timeline of a step. `forward_s[c]`, `backward_s[c]`: of chunk c for one microbatch; as many chunks as stages
@@ -112,7 +117,9 @@ def _interleaved(index: int, stage: int, stages: int, per_stage: int, backward: 
     return chunk, group * stages + within % stages, backward
 
 
-def pipelined_s(first: Array, middle: Array, last: Array, *, stages: Array, microbatches: Array, chunks: Array) -> Array:
+def pipelined_s(
+    first: Array, middle: Array, last: Array, *, stages: Array, microbatches: Array, chunks: Array
+) -> Array:
     """Seconds of a step from those of one microbatch on the first, middle and last stage (forward, backward, sends).
 
     One pass over all stages, then the slowest stage for the other microbatches (Narayanan 2021, uneven stages added);

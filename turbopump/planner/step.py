@@ -2,7 +2,7 @@
 
 Layers (layer.py) and the data they exchange (exchange.py) make the stages of a pipeline (pipeline.py); gradients and
 the optimizer follow. What is left between this and what was measured on similar cases corrects the sum
-(`Calibration.correction`). 1e5 cases take about a second on one core; they are worked through in parts to keep memory low.
+(`Calibration.correction`). Many cases are worked through in parts to keep memory low.
 """
 
 from __future__ import annotations
@@ -14,7 +14,14 @@ import numpy as np
 from turbopump.planner.calibration import Calibration
 from turbopump.planner.cases import RECOMPUTES, Array, Cases, StepTimes
 from turbopump.planner.exchange import (
-    Constants, context_ring_s, expert_exchange_s, gradients_s, send_s, shard_gather_s, tensor_sum_s, tied_table_s,
+    Constants,
+    context_ring_s,
+    expert_exchange_s,
+    gradients_s,
+    send_s,
+    shard_gather_s,
+    tensor_sum_s,
+    tied_table_s,
 )  # fmt: skip
 from turbopump.planner.layer import LayerTimes, embedding_s, head_s, layer_times
 from turbopump.planner.machine import Machine
@@ -46,7 +53,8 @@ def step_times(
         times = structural_times(some, machine, calibration.values(machine.families))
         parts.append([factor * getattr(times, name) for name in PARTS])
     columns = [np.concatenate(column) for column in zip(*parts, strict=True)]
-    return StepTimes(columns[0] + data_s, *columns[1:5], columns[5] + stall_s)
+    data, compute, communication, bubble, optimizer, other = columns
+    return StepTimes(data + data_s, compute, communication, bubble, optimizer, other + stall_s)
 
 
 def structural_times(cases: Cases, machine: Machine, constants: Constants) -> StepTimes:
@@ -84,13 +92,14 @@ def stage_times(cases: Cases, machine: Machine, constants: Constants) -> StageTi
     chunks = np.where(cases.schedule == 1, np.maximum(cases.virtual_stages, 1.0), 1.0)
     sends = 2 * chunks * send_s(cases, machine, constants)
     per_stage = cases.layers / cases.pp
-    middle = per_stage * (forward + backward) + sends + constants["microbatch_s"]
+    layers = per_stage * (forward + backward) + constants["microbatch_s"]
     sums = tensor_sum_s(cases, machine, constants)
     embedding = embedding_s(cases, machine, constants)
     one = cases.pp == 1
-    last = middle + head_s(cases, machine, constants) + sums + np.where(one, embedding, 0.0)
-    communication = per_stage * (exposed[0] + exposed[1]) + sends + sums
-    return StageTimes(middle + embedding, middle, last, communication)
+    first = layers + embedding + sends / 2  # an end stage has one neighbour
+    last = layers + head_s(cases, machine, constants) + sums + np.where(one, embedding, sends / 2)
+    communication = per_stage * (exposed[0] + exposed[1]) + sends / 2 + sums
+    return StageTimes(first, layers + sends, last, communication)
 
 
 def _exposed(

@@ -157,7 +157,9 @@ def _llm(row: Row) -> Measured:
     shape = _gpt_shape(n["hidden"], n["layers"], n["heads"], n["seq_len"])
     dims = ParallelDims(n["pp"], n["gpus"] // (n["tp"] * n["pp"]), 1, 1, n["tp"])
     microbatch = int(float(row.get("micro_batch") or 1))
-    recompute: Recompute = "none" if row.get("recompute") == "none" else "selective" if "sel" in (row.get("recompute") or "") else "full"
+    recompute: Recompute = (
+        "none" if row.get("recompute") == "none" else "selective" if "sel" in (row.get("recompute") or "") else "full"
+    )
     case = Case(shape, n["seq_len"], n["global_batch"], microbatch, dims, recompute=recompute, dtype="fp16",
                 fused_attention=False, gradient_bytes=2)  # fmt: skip
     h, layers, s, v = n["hidden"], n["layers"], n["seq_len"], 51200
@@ -179,7 +181,7 @@ def _torchtitan(row: Row) -> Measured:
         key = part.rstrip("0123456789")
         if key not in splits or key == part:
             raise ValueError(f"the split {part!r} is not understood (known: {', '.join(splits)} with a number)")
-        splits[key] = int(part[len(key):])
+        splits[key] = int(part[len(key) :])
     gpus = int(row["gpus"])
     dims = ParallelDims(splits["PP"], gpus // (splits["FSDP"] * splits["TP"] * splits["CP"] * splits["PP"]),
                         splits["FSDP"], splits["CP"], splits["TP"])  # fmt: skip
@@ -187,14 +189,20 @@ def _torchtitan(row: Row) -> Measured:
     microbatch = local if dims.pp == 1 else 1
     techniques = row["techniques"].lower()
     case = Case(LLAMA_SHAPES[size], seq_len, local * dims.dp, microbatch, dims,
-                recompute="full" if row["act_ckpt"] == "full" else "selective" if "selective" in row["act_ckpt"] else "none",
+                recompute=_recompute(row["act_ckpt"]),
                 dtype="fp8" if "float8" in techniques else "bf16", compiled="compile" in techniques,
                 sequence_parallel=dims.tp > 1)  # fmt: skip
-    machine = _machine("h200" if "h200" in row["model"].lower() else "h100-96gb", gpus, "infiniband-ndr", 0, "torchtitan")
+    machine = _machine(
+        "h200" if "h200" in row["model"].lower() else "h100-96gb", gpus, "infiniband-ndr", 0, "torchtitan"
+    )
     tokens = case.global_batch * seq_len / gpus
     group = f"{row['model']}/{gpus}/{row['parallelism']}"
     return Measured("torchtitan_runs", group, f"{group}/{row['techniques']}", machine, case,
                     tokens / float(row["tok_per_s_gpu"]), machine.device.name)  # fmt: skip
+
+
+def _recompute(said: str) -> Recompute:
+    return "full" if said == "full" else "selective" if "sel" in said else "none"
 
 
 def _machine(accelerator: str, gpus: int, network: str, ports_per_node: int, software: str) -> Machine:
