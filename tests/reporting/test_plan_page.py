@@ -27,7 +27,8 @@ def validation(text=""):
     memory = (Row("torchtitan_runs", "8B", "peak", 40.0, 41.0, "GiB", 38.0, 42.0, asked=44.0, capacity=80.0),)
     parts = (
         TableReport("mpt_throughput", "", "step times", steps, (f"mpt_throughput.csv:7: {text}no such model",)),
-        TableReport("deepbench_gemm", "", "operations", ops), TableReport("torchtitan_runs", "memory", "memory", memory),
+        TableReport("deepbench_gemm", "", "operations", ops),
+        TableReport("torchtitan_runs", "memory", "memory", memory),
         TableReport("failures", "", "rates", (), ("failures.csv:2: 'x' is no rate",)),
     )  # fmt: skip
     return Report(f"{text}published", "frozen", "1234", parts, (f"{text}other.csv",))

@@ -8,7 +8,7 @@ One self-contained file in the style of a run's report. `plan` is what plan.toml
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -45,6 +45,15 @@ RELIEF = {
     "compute": "More devices, a faster one, or a narrower dtype.",
 }
 DERIVED = ("num_devices", "devices_per_node", "num_microbatches")
+COST_TILES: Mapping[str, tuple[str, Callable[[float], str], str]] = {
+    "wall_s": ("time to finish", human_seconds, "failures and checkpoints included"),
+    "usd": ("cost", lambda v: f"${human(v)}", "to finish"),
+    "kwh": ("energy", lambda v: human(v * 1e3, "Wh"), "to finish"),
+    "goodput": ("goodput", percent, "of the time are steps that count"),
+    "checkpoint_interval_s": ("checkpoint every", human_seconds, ""),
+    "read_bytes_per_s": ("data to read", lambda v: f"{human_bytes(v)}/s", ""),
+}  # fmt: skip
+"""What of `cost` is shown on top, the most asked for first."""
 HEATMAP_SHARE = 45  # percent of the accent at the best cell: text on it stays readable
 
 
@@ -154,19 +163,15 @@ def tiles(view: PlanView) -> list[tuple[str, str, str]]:
     if peak:
         of = f"of {human_bytes(view.capacity_bytes)}" if view.capacity_bytes else ""
         shown.append(("memory of the fullest rank", human_bytes(peak), of))
-    return shown + [found for name, value in plan.cost.items() if (found := _cost_tile(name, value)) is not None][:4]
+    return (shown + [found for name in COST_TILES if (found := _cost_tile(name, plan.cost.get(name)))])[:8]
 
 
-def _cost_tile(name: str, value: float) -> tuple[str, str, str] | None:
-    """Figures of `cost` by the unit that ends their name."""
-    known = {"usd": ("cost", f"${human(value)}"), "kwh": ("energy", human(value * 1e3, "Wh"))}
-    if name in known:
-        return (*known[name], "to finish")
-    if name.endswith("_s"):
-        return name.removesuffix("_s").replace("_", " "), human_seconds(value), ""
-    if name.endswith("_per_s"):
-        return name.removesuffix("_per_s").replace("_", " "), f"{human(value)}/s", ""
-    return name.replace("_", " "), percent(value) if name == "goodput" else human(value), ""
+def _cost_tile(name: str, value: float | None) -> tuple[str, str, str] | None:
+    """One figure of `cost`; None where it is not known."""
+    if value is None:
+        return None
+    words, show, more = COST_TILES[name]
+    return words, show(value), more
 
 
 # decisions ------------------------------------------------------------------------------------------------------------

@@ -215,7 +215,7 @@ def memory(plan: PlanFile, capacity_bytes: float) -> Figure | None:
         values = [plan.memory[name].get(part, 0.0) for name in classes]
         words = part.replace("_", " ")
         data.append({
-            "type": "bar", "orientation": "h", "name": label(words), "y": [f"{name} stage" for name in classes],
+            "type": "bar", "orientation": "h", "name": label(words), "y": [_class_words(name) for name in classes],
             "x": [_short(v / GIB) for v in values], "marker": {"color": PART_COLOURS.get(part, colour(number))},
             "customdata": [f"{words}: {human_bytes(v)}" for v in values],
             "hovertemplate": "%{customdata}<extra></extra>",
@@ -225,14 +225,18 @@ def memory(plan: PlanFile, capacity_bytes: float) -> Figure | None:
     top = max([*totals.values(), capacity_bytes if capacity_bytes > 0 else 0.0]) / GIB
     return Figure(
         id="memory", title="Memory of a device by its stage of the pipeline", wide=True, legend=True, data=data,
-        summary="; ".join(f"{name} stage {human_bytes(total)}" for name, total in totals.items()) + ".",
+        summary="; ".join(f"{_class_words(name)} {human_bytes(total)}" for name, total in totals.items()) + ".",
         layout=layout(x="GiB", y="", height=110 + 52 * len(classes), barmode="stack", bargap=0.35, shapes=line,
                       annotations=note, yaxis={"autorange": "reversed", "showgrid": False},
                       xaxis={"showgrid": True, "range": [0, 1.06 * top]}, margin={"l": 48, "r": 10, "t": 24, "b": 40}),
-        table=Table(["part", *(f"{name} stage" for name in classes)],
+        table=Table(["part", *(_class_words(name) for name in classes)],
                     [[p.replace("_", " "), *(human_bytes(plan.memory[n].get(p, 0.0)) for n in classes)] for p in parts]
                     + [["in all", *(human_bytes(totals[n]) for n in classes)]]),
     )  # fmt: skip
+
+
+def _class_words(name: str) -> str:
+    return "every process" if name == "every" else f"{name} stage"
 
 
 def scaling(points: Sequence[ScalePoint], what: str) -> Figure | None:
