@@ -182,8 +182,10 @@ def decisions(view: PlanView) -> Html:
     left = tag("div", tag("h2", "What limits it"), tag("ol", *limits(view.plan)), class_="card")
     if view.found is None:
         return tag("div", left, class_="decisions one", style="margin-top:24px")
-    changes = sorted(view.found.changes, key=lambda c: (not c.flips, -c.gain))
+    changes = sorted((c for c in view.found.changes if c.flips), key=lambda c: (c.choice is None, -c.gain))
     items = [change_item(change, view.found.best) for change in changes]
+    if same := [c.what for c in view.found.changes if not c.flips]:
+        items.append(tag("li", tag("p", f"It stays the same with {', '.join(same)}.")))
     none = tag("p", "Nothing else was tried.", class_="muted")
     right = tag("div", tag("h2", "What would change the answer"), tag("ol", *items) if items else none, class_="card")
     return tag("div", left, right, class_="decisions", style="margin-top:24px")
@@ -203,8 +205,6 @@ def limits(plan: PlanFile) -> list[Html]:
 def change_item(change: Change, best: Choice) -> Html:
     if change.choice is None:
         return tag("li", tag("h3", change.what, tag("span", "nothing fits", class_="gain")))
-    if not change.flips:
-        return tag("li", tag("h3", change.what, tag("span", "the same plan", class_="gain none")))
     said = "; ".join(differences(change.choice, best)) or "the same split"
     return tag("li", tag("h3", change.what, tag("span", prose(f"{percent(change.gain)} faster"), class_="gain")),
                tag("p", prose(said)))  # fmt: skip
