@@ -82,7 +82,8 @@ def recipes(dataset: Path, quick: bool = False) -> list[Config]:
                 global_batch=batch, microbatch=more.get("microbatch", 0), num_steps=more.get("num_steps", 14),
                 precision=PrecisionConfig(compute=dtype),  # type: ignore[arg-type]
                 evaluation=EvaluationConfig(at_start=False, max_samples=1, batch=1),
-                checkpoint=CheckpointConfig(every_s=0.0, keep_best=False), logging=LoggingConfig(every=10**6, limit_s=0.0),
+                checkpoint=CheckpointConfig(every_s=0.0, keep_best=False), 
+                logging=LoggingConfig(every=10**6, limit_s=0.0),
                 launch=LaunchConfig(num_processes=processes, threads=1, device="cpu"),
             ))  # fmt: skip
 
@@ -187,7 +188,8 @@ def profile_of(rows: Iterable[Measurement], calibration: RunCalibration | None =
     """A machine file's content that holds these rows."""
     kept = tuple({row.key: row for row in rows}.values())
     return MachineProfile(SCHEMA, "benchmarks", "", detect.cpu_name(), "measured", detect.fingerprint(),
-                          {"cache_bytes": detect.cache_bytes()}, {}, (), rows=kept, calibration=calibration)  # fmt: skip
+                          {"cache_bytes": detect.cache_bytes()}, {}, (), rows=kept,
+                          calibration=calibration)  # fmt: skip
 
 
 def generic_rows(*, tiers: int = 1, row_s: float = 0.03, every: int = 1) -> list[Measurement]:
@@ -216,7 +218,7 @@ def own_rows(configs: Iterable[Config], *, row_s: float = 0.04) -> list[Measurem
     """What `probe --for` measures of the recipes: their operations, by the routes that their models take."""
     ops: dict[tuple[Op, str], None] = {}
     for config in configs:
-        for op in ops_of(config, config.precision.compute, config.launch.num_processes):
+        for op in ops_of(config, config.precision.compute, config.launch.num_processes or 1):
             if not isinstance(op, Collective):
                 own = routes.find(op, "cpu", config.model.kind)
                 ops[op, own.name if own is not None else "default"] = None
@@ -252,7 +254,7 @@ def compared(runs: Sequence[Measured], profile: MachineProfile) -> list[Compared
     found = []
     for run in runs:
         config = run.config
-        predicted = model.predict(run_of(config, config.precision.compute, config.launch.num_processes))
+        predicted = model.predict(run_of(config, config.precision.compute, config.launch.num_processes or 1))
         found.append(Compared(config.name, run.step, predicted))
     return found
 

@@ -308,7 +308,7 @@ def evaluate(
 
 @app.command
 def plan(
-    recipe: Path,
+    recipe: Path | None = None,
     /,
     *overrides: str,
     on: str | None = None,
@@ -323,6 +323,9 @@ def plan(
     tokens: float | None = None,
     price: float | None = None,
     output: Path | None = None,
+    validate: Path | None = None,
+    frozen: Flag = False,
+    calibrate: Annotated[tuple[Path, ...], Parameter(negative=(), consume_multiple=True)] = (),
     json: Flag = False,
 ) -> None:
     """How to train a model on a machine, how long it takes, what it costs, and how sure that is.
@@ -334,6 +337,8 @@ def plan(
         turbopump plan config.json --device h100-sxm --count 1024 --link infiniband-ndr --tokens 1e12
         turbopump plan config.json --device h100-sxm --count 64 --fix tp=4 recompute=none,selective
         turbopump plan workload.json --device a100-80gb-sxm --count 8 --global-batch 256
+        turbopump plan --calibrate runs/demo runs/other
+        turbopump plan --validate published/ --frozen
 
     Parameters
     ----------
@@ -365,16 +370,32 @@ def plan(
     price
         Dollars for an hour of one device; default the catalog's.
     output
-        Write plan.toml here, for train --plan.
+        Write plan.toml here, for train --plan, and its page beside it.
+    validate
+        Plan nothing: predict every published table of this folder and compare; --output writes a page.
+    frozen
+        Predict them with the calibration that ships, instead of every group of rows without itself.
+    calibrate
+        Plan nothing: refine the machine file of --on by these runs of this machine.
     json
         Print JSON: every alternative and the landscape of the search too.
     """
     from turbopump import plan as verb
 
+    if validate is not None or calibrate:
+        if recipe is not None or (validate is not None and calibrate):
+            raise UsageError("a recipe, --validate and --calibrate are three things: give one of them")
+        print(verb.validate(validate, frozen=frozen, page=output, as_json=json) if validate is not None
+              else verb.calibrate(calibrate, on, as_json=json))  # fmt: skip
+        return
+    if recipe is None:
+        raise UsageError("plan needs a recipe, a config.json or a workload.json: turbopump plan recipes/lm-stdlib.toml")
+    if frozen:
+        raise UsageError("--frozen is for --validate: leave it out")
     said = verb.plan_from_command_line(
-        recipe, overrides, output=output, as_json=json, columns=shutil.get_terminal_size().columns, on=on, device=device,
-        count=count, link=link, devices_per_node=devices_per_node, fix=fix, seq_len=seq_len, global_batch=global_batch,
-        steps=steps, tokens=tokens, usd_per_hour=price,
+        recipe, overrides, output=output, as_json=json, columns=shutil.get_terminal_size().columns, on=on,
+        device=device, count=count, link=link, devices_per_node=devices_per_node, fix=fix, seq_len=seq_len,
+        global_batch=global_batch, steps=steps, tokens=tokens, usd_per_hour=price,
     )  # fmt: skip
     print(said)
 

@@ -12,22 +12,23 @@ Imports no torch.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from turbopump.core.errors import CatalogError, UsageError
+from turbopump.core.errors import CatalogError, PlanError, UsageError
 from turbopump.core.files import digest, digest_file, to_json
 from turbopump.core.version import VERSION
 from turbopump.hardware import accelerators
 from turbopump.hardware.datasheet import profile_from_datasheet
 from turbopump.hardware.profile import MachineProfile
 from turbopump.hardware.profile import load as load_profile
+from turbopump.hardware.profile import save as save_profile
 from turbopump.hardware.specs import DeviceSpec
 from turbopump.planner import plan_file
 from turbopump.planner.calibration import shipped
-from turbopump.planner.candidates import Space, read_holds
+from turbopump.planner.candidates import Holds, Space, read_holds
 from turbopump.planner.cases import Cases
 from turbopump.planner.choice import Choice, Found
 from turbopump.planner.forecast import Forecast, forecast_of, steps_of
@@ -37,6 +38,8 @@ from turbopump.planner.plan_file import Inputs, PlanFile, Prediction, Sizes
 from turbopump.planner.predictors import decoder_models, memory_of_ranks
 from turbopump.planner.recipe_cases import Subject, read_subject
 from turbopump.planner.search import search
+from turbopump.reporting.plan_page import PlanView, write_page
+from turbopump.reporting.plan_plots import ScalePoint
 from turbopump.reporting.plan_text import summary, words
 
 DEFAULT_MACHINE = "machine.json"
@@ -61,6 +64,22 @@ class Target:
     def is_host(self) -> bool:
         """Whether it computes with the processors of a host."""
         return self.profile is not None and any(row.device == "cpu" for row in self.profile.rows)
+
+    @property
+    def words(self) -> str:
+        """The machine for people: what joins its devices too."""
+        if self.profile is not None:
+            return f"{self.profile.name} ({self.name})"
+        within = f", {self.devices_per_node} a host" if self.devices_per_node > 1 else ""
+        between = (
+            f", {accelerators.link(self.link).name} between hosts" if self.num_devices > self.devices_per_node else ""
+        )
+        return f"{self.num_devices:,} x {self.device.name}{within}{between}"
+
+    @property
+    def memory_bytes(self) -> float | None:
+        """Of one device."""
+        return self.place().memory_bytes if self.is_host else self.device.memory_bytes
 
     def machine(self) -> Machine:
         """For the model of a decoder's step."""
@@ -135,30 +154,60 @@ def plan(
     target = find_target(on, device, count, link, devices_per_node)
     held_dtype = str(holds["dtype"][0]) if "dtype" in holds else ""
     subject = read_subject(recipe, overrides, seq_len=seq_len, global_batch=global_batch, dtype=held_dtype)
-    num_steps = steps_of(subject, steps, tokens)
+    return _plan(subject, target, holds, steps_of(subject, steps, tokens), usd_per_hour)
+
+
+def _plan(
+    subject: Subject, target: Target, holds: Holds, num_steps: int, usd_per_hour: float | None, *, changes: bool = True
+) -> Plan:
+    """The search that suits the model and the place, and what follows from its best."""
     if subject.case is not None and not target.is_host:
-        calibration = shipped()
-        machine = target.machine()
-        found = search(Space(subject.case, machine.num_devices, holds), machine, decoder_models(calibration))
+        calibration, machine = shipped(), target.machine()
+        space = Space(subject.case, machine.num_devices, holds)
+        found = search(space, machine, decoder_models(calibration), changes=changes)
         peak: float | None = machine.peak_flops_per_s(found.best.settings.dtype)
         assert found.best.case is not None
         memory = memory_of_ranks(Cases.of([found.best.case]))
-        inputs = ("shipped", calibration.digest)
+        based_on = ("shipped", calibration.digest)
     else:
         if subject.workload is None:
             raise UsageError(
                 f"{subject.path} gives the sizes of a decoder, which is planned on accelerators: name one with --device"
             )
-        place = target.place()
-        found = search_ops(subject, place, holds)
+        found = search_ops(subject, target.place(), holds)
         peak = target.device.flops_per_s.get(found.best.settings.dtype)
-        memory, inputs = {"every": parts_of(subject, found.best)}, ("", "")
+        memory = {"every": parts_of(subject, found.best)}
+        runs = target.profile.calibration if target.profile else None
+        based_on = (f"{len(runs.runs)} runs", runs.digest) if runs else ("", "")
     forecast = forecast_of(
         subject, found.best, target.device, num_steps=num_steps, usd_per_hour=usd_per_hour,
         storage=target.profile.storage[0] if target.profile and target.profile.storage else None,
         changes=found.changes, peak_flops_per_s=peak, num_devices=1 if target.is_host else None,
     )  # fmt: skip
-    return Plan(subject, target, found, forecast, _file(subject, target, found, forecast, memory, inputs))
+    return Plan(subject, target, found, forecast, _file(subject, target, found, forecast, memory, based_on))
+
+
+def scaling(made: Plan, usd_per_hour: float | None = None) -> tuple[ScalePoint, ...]:
+    """The best plan for a quarter to four times as many devices, where those make a plan: time, dollars, energy.
+
+    None for a run whose length was not said, or on a host.
+    """
+    target, steps = made.target, made.forecast.num_steps
+    if target.is_host or target.profile is not None or not steps:
+        return ()
+    points = []
+    for count in sorted({max(1, round(target.num_devices * times)) for times in (0.25, 0.5, 1, 2, 4)}):
+        per_node = min(count, target.devices_per_node)
+        try:
+            other = made if count == target.num_devices else _plan(
+                made.subject, replace(target, num_devices=count, devices_per_node=per_node), {}, steps, usd_per_hour,
+                changes=False)  # fmt: skip
+        except (PlanError, CatalogError):
+            continue
+        best, bill = other.found.best, other.forecast.bill
+        usd, kwh = (bill.usd, bill.kwh) if bill else (None, None)
+        points.append(ScalePoint(count, best.step_s, other.forecast.goodput.wall_s, usd, kwh, words(best)))
+    return tuple(points)
 
 
 def find_target(
@@ -211,13 +260,13 @@ def _file(
     calibration: tuple[str, str],
 ) -> PlanFile:  # fmt: skip
     best, run, bill = found.best, forecast.goodput, forecast.bill
-    cost = {
-        "checkpoint_interval_s": run.interval_s, "checkpoint_interval_steps": float(run.interval_steps),
-        "goodput": run.goodput, "reads_per_s": forecast.reads_per_s, "read_bytes_per_s": forecast.read_bytes_per_s,
+    known: dict[str, float | None] = {"wall_s": run.wall_s, "usd": bill.usd, "kwh": bill.kwh} if bill else {}
+    known |= {
+        "goodput": run.goodput, "checkpoint_interval_s": run.interval_s,
+        "checkpoint_interval_steps": float(run.interval_steps), "device_hours": bill.device_hours if bill else None,
+        "reads_per_s": forecast.reads_per_s, "read_bytes_per_s": forecast.read_bytes_per_s,
     }  # fmt: skip
-    if bill is not None:
-        known = {"wall_s": run.wall_s, "device_hours": bill.device_hours, "usd": bill.usd, "kwh": bill.kwh}
-        cost |= {name: value for name, value in known.items() if value is not None}
+    cost = {name: value for name, value in known.items() if value is not None}
     runner_up = found.runner_up
     return PlanFile(
         plan_file.SCHEMA, VERSION, datetime.now(UTC).isoformat(timespec="seconds"),
@@ -245,11 +294,44 @@ def _choice_table(choice: Choice) -> dict[str, Any]:
 def plan_from_command_line(
     recipe: Path, overrides: Sequence[str], *, output: Path | None, as_json: bool, columns: int = 100, **options: Any
 ) -> str:
-    """The plan as text or JSON; writes `output` where it is given."""
+    """The plan as text or JSON; writes `output` and the page beside it where that is given."""
     made = plan(recipe, overrides, **options)
+    ends = []
     if output is not None:
+        page = output.with_suffix(".html")
         plan_file.write(made.file, output)
+        write_page(PlanView(made.file, made.found, machine=made.target.words, notes=made.found.notes,
+                            capacity_bytes=float(made.target.memory_bytes or 0),
+                            scaling=scaling(made, options.get("usd_per_hour"))), page)  # fmt: skip
+        ends = [f"{output} and {page} are written; next: turbopump train {recipe} --plan {output}"]
     if as_json:
         return to_json(made.to_json(), indent=True).decode().rstrip()
-    text = summary(made.subject, made.target.name, made.found, made.forecast, made.file, columns)
-    return f"{text}\nnext: turbopump train {recipe} --plan {output}" if output is not None else text
+    return "\n".join([summary(made.subject, made.target.words, made.found, made.forecast, made.file, columns), *ends])
+
+
+def validate(path: Path, *, frozen: bool = False, page: Path | None = None, as_json: bool = False) -> str:
+    """Every published table at `path`, predicted and compared; as text or JSON. Raises `UsageError`, `ConfigError`."""
+    from turbopump.planner.validate import validate as judge
+    from turbopump.reporting.validation_page import write_validation_page
+    from turbopump.reporting.validation_text import format_report
+
+    report = judge(path, frozen=frozen)
+    if page is not None:
+        write_validation_page(report, page)
+    return to_json(report.to_json(), indent=True).decode().rstrip() if as_json else format_report(report)
+
+
+def calibrate(runs: Sequence[Path], machine: Path | str | None = None, *, as_json: bool = False) -> str:
+    """Refine the machine file by what `runs` of this machine took; what was learned, as text or JSON.
+
+    Raises `UsageError` where they tell too little, `ProfileError` for runs or profiles of another machine.
+    """
+    from turbopump.planner import run_calibration
+
+    path = Path(machine or DEFAULT_MACHINE)
+    refined = run_calibration.calibrate(load_profile(path), runs)
+    save_profile(refined, path)
+    assert refined.calibration is not None
+    if as_json:
+        return to_json(refined.calibration, indent=True).decode().rstrip()
+    return f"{run_calibration.describe(refined.calibration)}\nwritten to {path}"

@@ -12,6 +12,7 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
@@ -24,6 +25,8 @@ from turbopump.core.units import human_bytes
 from turbopump.hardware.detect import available_bytes, num_cores, process_age_s
 from turbopump.hardware.process import prepare_to_compute
 from turbopump.planner.summary import misfits, summarize
+
+MACHINE_FILE = "machine.json"  # of the working directory
 
 if TYPE_CHECKING:
     from turbopump.training.loop import Job, TrainResult
@@ -138,16 +141,27 @@ def _run(job: Job) -> TrainResult:
     from turbopump.training.prepare import prepare_run_directory
 
     if "RANK" in os.environ and "WORLD_SIZE" in os.environ:  # a launcher has started this rank already
-        if int(os.environ["RANK"]) == 0:
-            prepare_run_directory(job.config, RunDir(job.path))
-        return run_training(job)
+        if int(os.environ["RANK"]) != 0:
+            return run_training(job)
+        prepare_run_directory(job.config, RunDir(job.path))
+        with _predicting(job, int(os.environ["WORLD_SIZE"])):
+            return run_training(job)
     if prepare_run_directory(job.config, RunDir(job.path)) and (result := _finished(job)) is not None:
         return result
     num_processes = job.config.launch.num_processes or _num_devices(job.config)
     _warn_of_memory(job.config, num_processes)
-    if num_processes == 1:
-        return run_training(job)
-    return _run_ranks(job, num_processes)
+    with _predicting(job, num_processes):
+        return run_training(job) if num_processes == 1 else _run_ranks(job, num_processes)
+
+
+def _predicting(job: Job, num_processes: int) -> AbstractContextManager[None]:
+    """What the machine file of the working directory says of the run goes into it; nothing where there is none."""
+    if not Path(MACHINE_FILE).is_file():
+        return nullcontext()
+    from turbopump.planner.own_run import predicting
+
+    device = "cuda" if _num_gpus(job.config) else "cpu"
+    return predicting(job.config, RunDir(job.path), num_processes=num_processes, device=device)
 
 
 def _run_ranks(job: Job, num_processes: int) -> TrainResult:

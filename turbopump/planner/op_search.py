@@ -2,15 +2,17 @@
 
     found = search_ops(subject, Place.of(profile), holds)
 
-Every operation of a microbatch is predicted from the machine's rows (turbopump.compute.cost), summed gradients from its
-collectives (turbopump.comms.cost). Choices are few: devices or processes that share the batch, microbatch, dtype,
-recompute. What is left out, because the profile says nothing of it, is told.
+On a host's processors a step is what `train` would measure there (turbopump.planner.own_step). On accelerators every
+operation of a microbatch is predicted from the machine's rows or curves (turbopump.compute.cost), summed gradients from
+its collectives or links (turbopump.comms.cost). Choices are few: devices or processes that share the batch, microbatch,
+dtype, recompute. What is left out, because the profile says nothing of it, is told.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
+from functools import cached_property
 from math import log, sqrt
 from typing import Any, cast
 
@@ -19,14 +21,14 @@ import numpy as np
 from turbopump.comms.cost import CollectiveModel
 from turbopump.comms.ops import AllReduce, Level
 from turbopump.compute.cost import ComputeCost
-from turbopump.core.errors import PlanError, ProfileError, UsageError
+from turbopump.core.errors import DatasetError, PlanError, ProfileError, UsageError
 from turbopump.core.workload import Op, Workload
-from turbopump.data.cost import predict as predict_read
-from turbopump.data.ops import RandomRead
 from turbopump.hardware.profile import MachineProfile, Prediction
 from turbopump.planner.candidates import Holds, divisors
 from turbopump.planner.cases import ParallelDims, Recompute
 from turbopump.planner.choice import BAND_SIGMAS, Alternative, Choice, Found, Settings, margin_sigmas
+from turbopump.planner.own_run import run_of
+from turbopump.planner.own_step import Run, StepModel, structure_of
 from turbopump.planner.recipe_cases import Subject
 from turbopump.planner.summary import GRADIENT_BYTES, WEIGHT_BYTES
 
@@ -36,7 +38,7 @@ COMMON = 0.5
 """Correlation of the errors of two operations' predictions: those of one kind err together, others do not."""
 LEAST_SIGMA = 0.05
 HIDDEN = 0.7
-"""Share of backward behind which a GPU hides the sum of gradients; processes on the same cores hide nothing."""
+"""Share of backward behind which a GPU hides the sum of gradients."""
 RESERVED = 0.1
 """Of a device's memory that a plan leaves free: allocator, libraries, the loader."""
 CHOICES = ("dp_replicate", "microbatch", "dtype", "recompute")
@@ -50,8 +52,7 @@ class Place:
     num_devices: int = 0
     """0: on a host's processors, as many processes as it has cores or fewer, whatever is best."""
     devices_per_node: int = 1
-    _costs: dict[int, ComputeCost] = field(default_factory=dict)
-    _collectives: CollectiveModel | None = None
+    _steps: dict[int, StepModel] = field(default_factory=dict)
 
     @property
     def device(self) -> str:
@@ -78,18 +79,25 @@ class Place:
         """Of each of `processes` processes, as `train` starts them."""
         return max(1, self.num_cores // processes)
 
-    def cost(self, threads: int) -> ComputeCost:
-        if threads not in self._costs:
-            self._costs[threads] = ComputeCost(self.profile, threads=threads, device=self.device)
-        return self._costs[threads]
+    def steps(self, threads: int) -> StepModel:
+        """Of the host's own steps, in processes of so many threads."""
+        if threads not in self._steps:
+            sums = [
+                row for row in self.profile.rows if row.domain != "comms" or row.kind in (AllReduce.__name__, "Overlap")
+            ]
+            lean = replace(self.profile, rows=tuple(sums))  # other collectives need not be fitted
+            self._steps[threads] = StepModel(lean, threads=threads, structure=structure_of(self.profile))
+        return self._steps[threads]
 
-    @property
+    @cached_property
+    def cost(self) -> ComputeCost:
+        """Of operations on an accelerator."""
+        return ComputeCost(self.profile, device=self.device)
+
+    @cached_property
     def collectives(self) -> CollectiveModel:
-        """Of sums over ranks alone: the others need not be fitted."""
-        if self._collectives is None:
-            rows = [row for row in self.profile.rows if row.kind == AllReduce.__name__]
-            self._collectives = CollectiveModel.of(rows, self.profile.links)
-        return self._collectives
+        rows = [row for row in self.profile.rows if row.kind == AllReduce.__name__]
+        return CollectiveModel.of(rows, self.profile.links)
 
 
 def search_ops(subject: Subject, place: Place, holds: Holds | None = None) -> Found:
@@ -163,26 +171,59 @@ def predict_option(subject: Subject, place: Place, option: Option) -> Choice:
     """Time and memory of a step; raises `ProfileError` for operations of which the profile says nothing."""
     assert subject.workload is not None
     workload = subject.workload(option.microbatch, option.dtype)
-    cost = place.cost(place.threads(option.processes) if place.is_host else 1)
     num_microbatches = subject.global_batch // option.processes // option.microbatch
+    predict = _step_on_host if place.is_host else _step_on_accelerators
+    breakdown, sigma = predict(subject, place, option, workload, num_microbatches)
+    settings = Settings(option.processes, min(option.processes, max(1, place.devices_per_node)), option.dtype,
+                        option.microbatch, num_microbatches, option.recompute)  # fmt: skip
+    memory = sum(memory_parts(subject, workload, option).values())
+    return Choice(ParallelDims(dp_replicate=option.processes), settings, breakdown, max(sigma, LEAST_SIGMA), memory)
+
+
+def _step_on_host(
+    subject: Subject, place: Place, option: Option, workload: Workload, num_microbatches: int
+) -> tuple[dict[str, float], float]:
+    """As `train` on this host would measure it (turbopump.planner.own_step)."""
+    found = place.steps(place.threads(option.processes)).predict(_run(subject, option, workload, num_microbatches))
+    return asdict(found.step), log(found.total_high_s / found.total_low_s) / (2 * BAND_SIGMAS)
+
+
+def _run(subject: Subject, option: Option, workload: Workload, num_microbatches: int) -> Run:
+    """What decides the time of a step; reading its samples too, where there are any to try."""
+    plain = Run(workload, num_microbatches, option.processes, option.recompute)
+    if subject.config is None:
+        return plain
+    model = subject.config.model
+    model = replace(model, recompute=option.recompute) if hasattr(model, "recompute") else model
+    try:
+        return run_of(
+            replace(subject.config, model=model, microbatch=option.microbatch), option.dtype, option.processes
+        )
+    except DatasetError:  # a plan may come before its data
+        optimizer = subject.config.optimizer
+        return replace(
+            plain, clip=optimizer.clip_norm > 0, optimizer=optimizer.kind, muon_steps=optimizer.muon_ns_steps
+        )
+
+
+def _step_on_accelerators(
+    subject: Subject, place: Place, option: Option, workload: Workload, num_microbatches: int
+) -> tuple[dict[str, float], float]:
+    """The sum of its operations, each on an idle device that the host keeps busy; gradients hide behind backward."""
+    cost = place.cost
     forward, backward, again = (
         _sum(cost, ops) for ops in (_forward(workload), _backward(workload), _again(workload, option.recompute))
     )
     optimizer = _sum(cost, [(op, 1) for op in workload.optimizer_ops])
     exchange = _exchange(place, workload.params, option.processes)
-    hidden = 0.0 if place.is_host else HIDDEN * backward.seconds
     breakdown = {
-        "data": _read_s(subject, place, option), "compute": num_microbatches * (forward + backward + again).seconds,
-        "exposed_communication": max(0.0, exchange.seconds - hidden), "bubble": 0.0, "optimizer": optimizer.seconds,
-        "other": 0.0,
+        "data": 0.0, "compute": num_microbatches * (forward + backward + again).seconds,
+        "exposed_communication": max(0.0, exchange.seconds - HIDDEN * backward.seconds), "bubble": 0.0,
+        "optimizer": optimizer.seconds, "other": 0.0,
     }  # fmt: skip
     whole = (forward + backward + again) * num_microbatches + optimizer
     variance = (whole.sigma * whole.seconds) ** 2 + (_sigma(exchange) * breakdown["exposed_communication"]) ** 2
-    sigma = sqrt(variance) / max(sum(breakdown.values()), 1e-12)
-    settings = Settings(option.processes, min(option.processes, max(1, place.devices_per_node)), option.dtype,
-                        option.microbatch, num_microbatches, option.recompute)  # fmt: skip
-    memory = sum(memory_parts(subject, workload, option).values())
-    return Choice(ParallelDims(dp_replicate=option.processes), settings, breakdown, max(sigma, LEAST_SIGMA), memory)
+    return breakdown, sqrt(variance) / max(sum(breakdown.values()), 1e-12)
 
 
 def memory_parts(subject: Subject, workload: Workload, option: Option) -> dict[str, float]:
@@ -257,22 +298,11 @@ def _exchange(place: Place, params: int, processes: int) -> Prediction:
     """The sum of all gradients over the processes."""
     if processes == 1:
         return Prediction(0.0, 0.0, 0.0, "measured")
-    level: Level = "node" if place.is_host or processes <= place.devices_per_node else "rack"
+    level: Level = "node" if processes <= place.devices_per_node else "rack"
     levels = {link.level for link in place.profile.links}
-    if not place.is_host and level not in levels:
+    if level not in levels:
         level = cast(Level, next((name for name in ("rack", "pod", "node") if name in levels), level))
     return place.collectives.predict(AllReduce(params * GRADIENT_BYTES, processes, level))
-
-
-def _read_s(subject: Subject, place: Place, option: Option) -> float:
-    """Reading the samples of a step from memory, where it was measured; 0 where it was not, or nothing is read."""
-    if not subject.sample_bytes or not any(row.kind == "RandomRead" for row in place.profile.rows):
-        return 0.0
-    try:
-        read_s = predict_read(place.profile, RandomRead(subject.sample_bytes, 1, True)).seconds
-    except (ProfileError, UsageError):
-        return 0.0
-    return read_s * subject.global_batch / option.processes
 
 
 # ---- what fits, and what surrounds the best
@@ -332,6 +362,6 @@ def _misfit(subject: Subject, place: Place, tried: list[Choice], holds: Holds) -
     ways.append("take a device with more memory, or a smaller model: splitting over data does not divide it")
     usable = (1 - RESERVED) * (place.memory_bytes or 0)
     return PlanError(
-        f"{subject.name} does not fit on {place.profile.name}: at best a process needs {least.peak_bytes / GIB:.2f} GiB, "
-        f"of {usable / GIB:.2f} GiB that a plan may use: {', or '.join(ways)}"
+        f"{subject.name} does not fit on {place.profile.name}: at best a process needs {least.peak_bytes / GIB:.2f} "
+        f"GiB, of {usable / GIB:.2f} GiB that a plan may use: {', or '.join(ways)}"
     )

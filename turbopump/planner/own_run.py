@@ -13,7 +13,8 @@ import random
 import subprocess
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -51,6 +52,7 @@ SAMPLED_BATCHES = 4
 STARTUP_S = 4.0  # imports of torch and of the model, first calls; 3 to 5 s on AMD EPYC (Zen 4), 2 shared cores
 CHECKPOINT_STATES = 3  # weights and two moments
 RUN_FACTOR = 2.0  # of the band of what is not steps
+PATIENCE_S = 20.0  # after a run that is over before its prediction
 STORAGE_BYTES_PER_S = 5e8  # where storage was not measured
 
 
@@ -258,7 +260,7 @@ def _checkpoint_s(config: Config, profile: MachineProfile, params: int, steps_s:
 # ---- into the run directory
 
 
-def prediction_record(config: Config, machine: Path, *, num_processes: int = 0) -> dict[str, Any]:
+def prediction_record(config: Config, machine: Path, *, num_processes: int = 0, device: str = "cpu") -> dict[str, Any]:
     """The content of prediction.json; with `problem` where nothing can be predicted."""
     head = {"schema_version": SCHEMA_VERSION, "turbopump_version": VERSION, "machine": str(machine)}
     try:
@@ -266,7 +268,7 @@ def prediction_record(config: Config, machine: Path, *, num_processes: int = 0) 
         check_same_machine(profile, detect.fingerprint(), detect.cpu_name(), machine)
         if profile.provenance != "measured":
             raise ProfileError(f"{machine} is a {profile.provenance} profile, not one of this machine")
-        found = predict_recipe(config, profile, num_processes=num_processes)
+        found = predict_recipe(config, profile, num_processes=num_processes, device=device)
     except TurbopumpError as error:
         return {**head, "problem": str(error)}
     run = {
@@ -284,17 +286,17 @@ def prediction_record(config: Config, machine: Path, *, num_processes: int = 0) 
 
 
 def begin_prediction(
-    config: Config, rundir: RunDir, *, num_processes: int = 1, machine: Path | None = None
+    config: Config, rundir: RunDir, *, num_processes: int = 1, device: str = "cpu", machine: Path | None = None
 ) -> subprocess.Popen[bytes] | None:
     """Start writing prediction.json, where a machine file lies in the working directory; None where there is none.
 
-    Costs the caller a few milliseconds; whoever calls waits for the process in the end (`end_prediction`).
+    Costs the caller a few milliseconds; whoever calls waits for the process in the end.
     """
     machine = machine or Path(MACHINE_FILE)
     if not machine.is_file() or config.model.kind == "live" or config.data.kind == "live":
         return None
     command = [sys.executable, "-m", "turbopump.planner.own_run", str(machine), str(rundir.prediction),
-               str(num_processes)]  # fmt: skip
+               str(num_processes), device]  # fmt: skip
     process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     assert process.stdin is not None
     try:
@@ -305,22 +307,29 @@ def begin_prediction(
     return process
 
 
-def end_prediction(process: subprocess.Popen[bytes] | None, *, patience_s: float = 20.0) -> None:
-    """Wait for what `begin_prediction` started; a short run may be over before it."""
-    if process is None:
-        return
+@contextmanager
+def predicting(config: Config, rundir: RunDir, *, num_processes: int = 1, device: str = "cpu") -> Iterator[None]:
+    """Around a run: the prediction is begun before it, once a run, and waited for where the run is over first."""
+    process = None
+    if not rundir.prediction.exists():
+        process = begin_prediction(config, rundir, num_processes=num_processes, device=device)
     try:
-        process.wait(patience_s)
-    except subprocess.TimeoutExpired:
-        process.kill()
-        process.wait()
+        yield
+        if process is not None:
+            process.wait(PATIENCE_S)
+    except subprocess.TimeoutExpired:  # the run's own result counts
+        pass
+    finally:
+        if process is not None and process.poll() is None:
+            process.kill()
+            process.wait()
 
 
-def main(machine: str, output: str, num_processes: str) -> None:
+def main(machine: str, output: str, num_processes: str, device: str) -> None:
     """The process that `begin_prediction` starts: the recipe on its standard input."""
     os.nice(19)
     config = parse(from_toml(sys.stdin.read()), where="the run's recipe")
-    record = prediction_record(config, Path(machine), num_processes=int(num_processes))
+    record = prediction_record(config, Path(machine), num_processes=int(num_processes), device=device)
     write_atomic(Path(output), to_json(record, indent=True))
 
 

@@ -7,7 +7,8 @@ rows of single operations cannot tell is in `Structure`: a few numbers with a ph
 - a row is warm: the operation just computed on the same operands. In a step they come from memory in part, the more
   the less the step's working set fits in the last cache. (planner.md 3.4: warm rows are low by 5 to 13 %, emptied
   caches high by up to 38 %, their mean within 4.6 %.)
-- autograd, modules and allocations take host time at every operation, counted in `Launch(autograd)`;
+- autograd, modules, allocations and code that is no longer in a cache take time at every operation, counted in
+  `Launch(autograd)`;
 - processes of one host share its caches and memory, and wait for the slowest.
 Without torch.
 """
@@ -58,9 +59,11 @@ class Structure:
     calibrated; a number without one has that of `PRIOR_BANDS`."""
 
     cold: float = 0.5
-    """Share of the difference between a cold and a warm call that an operation pays whose operands no cache holds."""
-    host: float = 1.0
-    """Host time at every operation, in `Launch(autograd)`."""
+    """Share of the time to bring operands from memory that an operation pays whose operands no cache holds."""
+    host: float = 1.5
+    """Host time at every operation, in `Launch(autograd)` (a forward and backward of two numbers)."""
+    tensor: float = 1.5
+    """Host time of clipping and updating one tensor, in the same unit."""
     compute: float = 1.0
     """Times the sum over forward and backward."""
     optimizer: float = 1.0
@@ -75,11 +78,13 @@ class Structure:
 
 
 PRIOR_BANDS: Mapping[str, float] = {
-    "cold": math.log(2.0), "host": math.log(2.0), "compute": math.log(1.10), "optimizer": math.log(1.3),
+    "cold": math.log(2.0), "host": math.log(2.0), "tensor": math.log(2.0),
+    "compute": math.log(1.10), "optimizer": math.log(1.3),
     "data": math.log(1.5), "communication": math.log(1.6), "straggling": math.log(3.0),
 }  # fmt: skip
 BOUNDS: Mapping[str, tuple[float, float]] = {
-    "cold": (0.05, 1.0), "host": (0.1, 6.0), "compute": (0.7, 1.6), "optimizer": (0.4, 3.0), "data": (0.2, 5.0),
+    "cold": (0.05, 1.0), "host": (0.1, 6.0), "tensor": (0.1, 6.0),
+    "compute": (0.7, 1.6), "optimizer": (0.4, 3.0), "data": (0.2, 5.0),
     "communication": (0.3, 4.0), "straggling": (0.002, 0.3),
 }  # fmt: skip
 """Outside of which a number has no longer its meaning."""
@@ -152,9 +157,9 @@ class StepModel:
 
     @cached_property
     def launch_s(self) -> float:
-        """Host time of an operation under autograd: half of a forward and backward of two numbers."""
+        """Of `Launch(autograd)`."""
         rows = [row.seconds for row in self._rows if row.op_key == Launch("autograd").key]
-        return (min(rows) if rows else TYPICAL_LAUNCH_S) / 2
+        return min(rows) if rows else TYPICAL_LAUNCH_S
 
     @cached_property
     def _cold(self) -> tuple[float, float]:
@@ -195,10 +200,10 @@ class StepModel:
         coldness = structure.cold * self.coldness(run)
         compute = self._sum(computed(run), work.name, coldness, structure.host)
         update = self._sum(updated(run), work.name, coldness, 0.0)
-        tensors_s = structure.host * 2.0 * self.launch_s * tensors(work)
+        tensors_s = structure.tensor * self.launch_s * tensors(work)
         compute_s = structure.compute * compute.seconds
         optimizer_s = structure.optimizer * (update.seconds + tensors_s)
-        sample_s = run.data_s + 2.0 * self.launch_s * run.lone_samples
+        sample_s = run.data_s + self.launch_s * run.lone_samples
         data_s = structure.data * sample_s * run.num_microbatches
         waited_s, waited_width = self._communication(run, compute, compute_s)
         step = StepBreakdown(data_s, compute_s, waited_s, 0.0, optimizer_s, FLOOR_S)
@@ -428,7 +433,7 @@ def structure_of(profile: MachineProfile) -> Structure:
     if strange := sorted(set(calibrated.values) - known):
         raise ProfileError(f"the calibration of {profile.name} has {', '.join(strange)}, which this version does not "
                            "know: calibrate again with `turbopump plan --calibrate RUN`")  # fmt: skip
-    return replace(Structure(**calibrated.values), bands=dict(calibrated.bands))
+    return replace(Structure(), **dict(calibrated.values), bands=dict(calibrated.bands))
 
 
 def as_table(prediction: StepPrediction) -> dict[str, Any]:

@@ -78,9 +78,8 @@ def _model(subject: Subject) -> str:
 
 
 def _machine(target: str, file: PlanFile) -> str:
-    count = file.settings.num_devices
-    based = f", calibration {file.inputs.calibration}" if file.inputs.calibration else ""
-    return f"{target}{f' x {count:,}' if count > 1 else ''}{based}"
+    based = f"; calibration: {file.inputs.calibration}" if file.inputs.calibration else ""
+    return f"{target}{based}"
 
 
 def _step(best: Choice) -> str:

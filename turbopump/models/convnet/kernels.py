@@ -1,4 +1,4 @@
-"""The convnet's operations as it computes them, as a route of `probe`: activations channels last, weights as they are."""
+"""The convnet's operations as a route of `probe`: activations channels last, weights as they are."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def _norm(op: Norm) -> Callable[..., Tensor]:
     return lambda x, gain, bias: F.batch_norm(x, mean, var, gain, bias, True, MOMENTUM, EPS)
 
 
-_KERNELS = {Norm: Kernel(kernels.KERNELS[Norm].inputs, _norm, kernels.KERNELS[Norm].wanted)}
+_KERNELS: dict[type[Op], Kernel] = {Norm: Kernel(kernels.KERNELS[Norm].inputs, _norm, kernels.KERNELS[Norm].wanted)}
 
 
 def _convolution(op: Conv2d) -> Callable[..., Tensor]:

@@ -48,7 +48,7 @@ def _of_floats(op: Any) -> bool:
     return op.dtype in ("fp32", "bf16")
 
 
-_KERNELS = {Rnn: Kernel(KERNELS[Rnn].inputs, _recurrence, KERNELS[Rnn].wanted)}
+_KERNELS: dict[type[Op], Kernel] = {Rnn: Kernel(KERNELS[Rnn].inputs, _recurrence, KERNELS[Rnn].wanted)}
 
 
 def _added(op: Op, given: Tensors) -> Tensors:

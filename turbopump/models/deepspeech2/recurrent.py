@@ -31,7 +31,8 @@ class BidirectionalRnn(nn.Module):
         """[T, B, H] in `dtype` on CPU; what lies beyond a length is undefined."""
         if x_TBI.device.type == "cuda":
             return self.packed(x_TBI, lengths_B)
-        return bidirectional(self.kind, x_TBI, lengths_B, self.cell._flat_weights, dtype)
+        weights: Any = self.cell._flat_weights
+        return bidirectional(self.kind, x_TBI, lengths_B, weights, dtype)
 
     def packed(self, x_TBI: Tensor, lengths_B: Tensor) -> Tensor:
         """The same by PyTorch's own layer."""

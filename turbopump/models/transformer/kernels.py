@@ -6,6 +6,7 @@ The loss is computed in chunks, forward and gradient at once (fused.py): its ope
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -30,7 +31,7 @@ def _norm(op: Norm) -> Callable[..., Tensor]:
     return lambda x, gain: rms_norm(x, gain, EPS, x.dtype)
 
 
-def _loss(op: CrossEntropy) -> Callable[..., Tensors]:
+def _loss(op: Any) -> Callable[..., Tensors]:
     """Half of a chunk each: the losses, or the gradient of the logits from their exponentials."""
 
     def losses(logits: Tensor, index: Tensor) -> Tensors:
@@ -47,7 +48,7 @@ def _loss(op: CrossEntropy) -> Callable[..., Tensors]:
     return gradient if op.backward else losses
 
 
-def _halves(op: CrossEntropy, given: Tensors) -> Tensors:
+def _halves(op: Any, given: Tensors) -> Tensors:
     if not op.backward:
         return given
     logits, index, _ = given
