@@ -61,8 +61,8 @@ def published_ops(directory: Path) -> dict[tuple[str, str, str], list[tuple[Case
             if row.kind != "RnnPart":
                 family = {"Gemm": "gemm", "Conv2d": "conv"}[row.kind]
                 found[relative, row.kind, FILES[family]].append((Case.of_row(row), row.seconds))
-        for op, seconds in _recurrent(rows):
-            found[relative, "Rnn", FILES["rnn"]].append((Case.of(op), seconds))
+        for layer, seconds in _recurrent(rows):
+            found[relative, "Rnn", FILES["rnn"]].append((Case.of(layer), seconds))
     if (directory / A100_FILE).is_file():
         for relative, op, seconds in _llmcompass(directory / A100_FILE):
             found[relative, type(op).__name__, A100_FILE].append((Case.of(op), seconds))

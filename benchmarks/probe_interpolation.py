@@ -27,7 +27,7 @@ Array = npt.NDArray[np.float64]
 Draw = Callable[[Any, bool], Op]
 MOST_FLOPS = 2e9  # some 20 ms on one core of 2024
 LEAST_FLOPS = 1e5
-GRID = 130
+GRID = {"gemm": 150, "conv": 300, "rnn": 150}  # a convolution has nine sizes and three directions
 FRESH = 60
 FOLDS = 5
 USUAL = (16, 24, 32, 48, 64, 80, 96, 100, 128, 160, 192, 256, 320, 384, 512, 640, 768, 1000, 1024, 1280, 1536, 1760,
@@ -94,8 +94,9 @@ def ops(family: str, count: int, *, usual: bool, seed: int, never: Sequence[Op] 
     return list(found)
 
 
-def grid_of(family: str, count: int = GRID, *, seed: int = 0) -> list[Op]:
+def grid_of(family: str, count: int | None = None, *, seed: int = 0) -> list[Op]:
     """What is measured to predict from: half usual sizes, half uneven ones."""
+    count = GRID[family] if count is None else count
     usual = ops(family, count // 2, usual=True, seed=seed)
     return usual + ops(family, count - len(usual), usual=False, seed=seed + 500, never=usual)
 
@@ -123,7 +124,9 @@ def judged(known: Sequence[Measurement], asked: Sequence[Measurement]) -> Judged
     return Judged(errors, roofline, covered, sum(row.noisy for row in (*known, *asked)))
 
 
-def interpolation(family: str, *, grid: int = GRID, fresh: int = FRESH, seed: int = 0, row_s: float = 0.06) -> Judged:
+def interpolation(
+    family: str, *, grid: int | None = None, fresh: int = FRESH, seed: int = 0, row_s: float = 0.06
+) -> Judged:
     """Measures a grid and fresh shapes of a family (`gemm`, `conv`, `rnn`) and judges; about a minute."""
     on_grid = grid_of(family, grid, seed=seed)
     off_grid = ops(family, fresh, usual=False, seed=seed + 1000, never=on_grid)

@@ -2,6 +2,7 @@
 
 import time
 from pathlib import Path
+from statistics import median
 
 import pytest
 import torch
@@ -27,7 +28,7 @@ class Data(torch.utils.data.Dataset[torch.Tensor]):
 
 
 def test_fields_agree_with_an_independent_clock(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    measured: dict[str, float] = {}
+    measured: dict[str, list[float]] = {}
 
     def timed(cls: type, method: str, name: str) -> None:
         original = getattr(cls, method)
@@ -37,7 +38,7 @@ def test_fields_agree_with_an_independent_clock(tmp_path: Path, monkeypatch: pyt
             try:
                 return original(*args, **kwargs)
             finally:
-                measured[name] = measured.get(name, 0.0) + time.perf_counter() - begin
+                measured.setdefault(name, []).append(time.perf_counter() - begin)
 
         monkeypatch.setattr(cls, method, wrapper)
 
@@ -51,8 +52,9 @@ def test_fields_agree_with_an_independent_clock(tmp_path: Path, monkeypatch: pyt
     steps = [StepBreakdown.from_spans(r["s"], r["spans"]) for r in records if r["type"] == "step"]
     assert len(steps) == 20
     for name, seconds in measured.items():
-        booked = sum(getattr(step, name) for step in steps)
-        assert booked == pytest.approx(seconds, rel=0.03), name
+        booked = [getattr(step, name) for step in steps]
+        # the typical step: between the two clocks of one of them other work may have had its turn
+        assert median(b / s for b, s in zip(booked, seconds, strict=True)) == pytest.approx(1.0, rel=0.03), name
     total = sum(step.total for step in steps)
     assert total == pytest.approx(sum(r["s"] for r in records if r["type"] == "step"), rel=1e-6)
     assert sum(step.other for step in steps) < 0.05 * total

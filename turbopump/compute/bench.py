@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-from turbopump.compute import conditions, deepbench, kernels, kernels_moving, routes
+from turbopump.compute import compiled, conditions, deepbench, kernels, kernels_moving, routes
 from turbopump.compute.grid import grid
 from turbopump.compute.kernels import Route
 from turbopump.compute.ops import (
@@ -39,7 +39,7 @@ from turbopump.core.errors import UsageError
 from turbopump.core.units import human_bytes, human_seconds
 from turbopump.core.workload import Op
 from turbopump.hardware import timing
-from turbopump.hardware.profile import Domain, Measurement, Request, Trial
+from turbopump.hardware.profile import Domain, Measurement, Request, Scalar, Trial
 
 LONGEST_S = {0: 0.3, 1: 1.0, 2: 5.0}
 """Of one call, by tier, of what no recipe asked for."""
@@ -274,8 +274,10 @@ def _operand_bytes(op: Op) -> float:
     return 2 * op.cost.bytes + extra
 
 
-def _facts(op: Op, route: Route) -> dict[str, str]:
-    facts = {"by": route.library} if route.library else {}
+def _facts(op: Op, route: Route) -> dict[str, Scalar]:
+    facts: dict[str, Scalar] = {"by": route.library} if route.library else {}
+    if route.name == compiled.NAME:
+        facts |= compiled.facts(op)
     if kernels_moving.is_chain(op):
         facts["stands_for"] = "a chain of additions with as many reads and writes"
     return facts

@@ -32,6 +32,7 @@ from turbopump.compute.kernels import Function, Outputs, Route
 from turbopump.compute.ops import CrossEntropy, Elementwise, Norm
 from turbopump.core.workload import Op
 
+NAME = "inductor"
 KINDS = (Norm, Elementwise, CrossEntropy)
 CACHE_VARIABLE = "TORCHINDUCTOR_CACHE_DIR"
 VARIABLES = (CACHE_VARIABLE, "_TORCHINDUCTOR_PYOBJECT_TENSOR_DATA_PTR")  # inductor sets both by itself
@@ -105,13 +106,13 @@ def _directory() -> tempfile.TemporaryDirectory[str]:
 @contextmanager
 def _compiling() -> Iterator[None]:
     """Inductor in its own directory, silent, with graphs that may be run backward many times; all put back."""
+    before = {name: os.environ.get(name) for name in VARIABLES}  # importing inductor sets one of them
     import torch._dynamo as dynamo  # these take a second to import
     import torch._functorch.config
     import torch._inductor.config
 
     inductor: Any = torch._inductor.config
     functorch: Any = torch._functorch.config
-    before = {name: os.environ.get(name) for name in VARIABLES}
     os.environ[CACHE_VARIABLE] = _directory().name
     try:
         with (
@@ -136,7 +137,8 @@ def _silence() -> Iterator[None]:
     def serious(record: logging.LogRecord) -> bool:
         return record.levelno >= logging.ERROR
 
-    handlers = list(logging.getLogger("torch").handlers)
+    loggers = [logging.getLogger(name) for name in logging.root.manager.loggerDict if name.split(".")[0] == "torch"]
+    handlers = {handler for logger in loggers for handler in logger.handlers}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         for handler in handlers:
@@ -149,6 +151,6 @@ def _silence() -> Iterator[None]:
 
 
 ROUTES: tuple[Route, ...] = (
-    Route("inductor", _function, _problem, _prepare, _compiling, f"inductor of torch {torch.__version__}", FIRST_S),
+    Route(NAME, _function, _problem, _prepare, _compiling, f"inductor of torch {torch.__version__}", FIRST_S),
 )
 """The compiler, for the operations it can change."""

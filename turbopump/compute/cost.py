@@ -4,7 +4,7 @@ In this order: a row of exactly this operation (`measured`); rows of the same ki
 (`interpolated`: the efficiency formula fitted to them, and a regression on what it leaves, both in logarithms); the
 formula with a relative's numbers and this device's peaks (`curve`); FLOPs and bytes at the best rates with what other
 kinds lose of them (`roofline`, in a wide band). No prediction is faster than the best rates measured for its dtype.
-At shapes never measured the median error on DeepBench's devices is 9 %, a roofline's 60 % (benchmarks/halves.py).
+At shapes never measured the median error on DeepBench's devices is 9 % (benchmarks/halves.py).
 """
 
 from __future__ import annotations

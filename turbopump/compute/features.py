@@ -1,9 +1,9 @@
 """What of an operation its time may depend on, as numbers, for any kind of operation.
 
 A `Case` is an operation as a row of a profile describes it. `Columns` turns cases into a matrix: logarithms of FLOPs,
-bytes, sizes and of the matrix product the operation amounts to; how full a tile of 64 is and how often a size can be
-halved (kernels are chosen by both, and their cliffs stand there); a 0/1 column for each value of a word or switch.
-Nothing is known of particular fields but the product, so a new kind of operation needs no change here.
+bytes, sizes, operands and of the matrix product the operation amounts to; how full tiles of 16 and 64 are and how often
+a size can be halved (kernels are chosen by these, and their cliffs stand there); a 0/1 column for each value of a word
+or switch. Nothing is known of particular fields but the product, so a new kind of operation needs no change here.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from turbopump.core.workload import Op
 from turbopump.hardware.profile import Measurement, Scalar
 
 Array = npt.NDArray[np.float64]
-TILE = 64
+TILES = (16, 64)  # what vector units of a CPU and thread blocks of a GPU work in
 LARGE = 32  # a size that never passes this has no tiles
 NAMED = ("dtype",)  # rows of different dtypes are never mixed
 
@@ -91,7 +91,11 @@ class Case:
 def _raw(case: Case) -> dict[str, float]:
     """Every number that may become a column, by a name that says how it is made."""
     raw = {f"size.{name}": value for name, value in case.sizes.items()}
-    raw |= {f"product.{name}": value for name, value in case.product.items()}
+    product = case.product
+    raw |= {f"product.{name}": value for name, value in product.items()}
+    if "out_channels" in case.fields:  # which operand is the large one decides between algorithms
+        raw["output"], raw["weights"] = product["m"] * product["n"], product["n"] * product["k"]
+        raw["input"] = prod(case.sizes.get(name, 1.0) for name in ("batch", "in_channels", "height", "width", "length"))
     if case.flops:
         raw["flops"] = case.flops
     if case.bytes:
@@ -131,7 +135,7 @@ class Columns:
         columns = [logs]
         for i in self._tiled:
             size = np.maximum(values[:, i], 1.0)
-            columns.append(np.log(np.ceil(size / TILE) * TILE / size)[:, None])
+            columns += [np.log(np.ceil(size / tile) * tile / size)[:, None] for tile in TILES]
             columns.append(_halvings(size)[:, None])
         for name, known in self.words.items():
             columns.append(np.array([[row.get(name) == value for value in known] for row in words], dtype=float))
@@ -151,9 +155,9 @@ class Columns:
 
 
 def _halvings(size: Array) -> Array:
-    """How often a whole size can be halved, up to the tile's 6 times, in units of log 2."""
+    """How often a whole size can be halved, up to the larger tile's 6 times, in units of log 2."""
     times = np.zeros(len(size))
-    for power in range(1, TILE.bit_length()):
+    for power in range(1, TILES[-1].bit_length()):
         times += size % (1 << power) == 0
     result: Array = times * np.log(2.0)
     return result
