@@ -132,6 +132,7 @@ class StepPrediction:
     kinds: tuple[KindTime, ...]
     measured_share: float
     """Of the operations' seconds: what rows of exactly these operations tell."""
+    params: int = 0
 
     @property
     def total_s(self) -> float:
@@ -217,7 +218,7 @@ class StepModel:
             "optimizer": math.hypot(update.half_width, structure.band("optimizer")),
             "other": math.log(2.0),
         }  # fmt: skip
-        return _banded(step, widths, compute, update)
+        return replace(_banded(step, widths, compute, update), params=work.params)
 
     def coldness(self, run: Run) -> float:
         """Share of operands that come from memory: what a step touches between two uses of the same bytes, against
