@@ -119,3 +119,12 @@ def test_a_models_own_kernels_are_left_out():
 def test_every_route_has_a_change():
     assert change_of(ONEDNN).scope == "global" and change_of("winograd F(2x2,3x3)").scope == "local"
     assert "SDPBackend.MATH" in change_of("sdpa=math").how
+
+
+def test_noisy_rows_behind_a_gain_are_told():
+    good, noisy = row(BIG, ONEDNN, 0.3e-3), replace(row(BIG, ONEDNN, 0.3e-3), p90_s=0.42e-3)
+    assert noisy.noisy and not good.noisy
+    for best, share in ((good, 0.0), (noisy, 0.5)):
+        advice = advise(profile(row(BIG), best, row(STEP)), workload(BIG), threads=1)
+        assert advice.noisy_share == share and advice.changes[0].pays
+        assert ("50% of the rows behind these gains are noisy" in format_advice(advice)) == bool(share)

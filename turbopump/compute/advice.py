@@ -181,6 +181,12 @@ class Advice:
         return self.step_s / (self.step_s - self.together_s) if self.step_s else 1.0
 
     @property
+    def noisy_share(self) -> float:
+        """Of the rows that the changes which pay rest on."""
+        rows = {row.key: row for c in self.changes if c.pays for e in c.effects for row in e.evidence}
+        return sum(row.noisy for row in rows.values()) / len(rows) if rows else 0.0
+
+    @property
     def near(self) -> int:
         return sum(choice.basis == "nearest" for choice, _ in self.choices)
 
@@ -319,6 +325,9 @@ def format_advice(advice: Advice, recipe: str = "RECIPE", columns: int = 80) -> 
                   f"({low:.1%} to {high:.1%}), {advice.gain:.2f} times as fast"]  # fmt: skip
     if other := [c for c in advice.changes if not c.exact and c.pays]:
         lines += ["", *_table("other precision: results change", other)]
+    if advice.noisy_share > 0:
+        share = f"{advice.noisy_share:.0%}"
+        lines += ["", f"{share} of the rows behind these gains are noisy: probe again when the machine has less to do"]
     if advice.untouched:
         lines += ["", f"left as it is, by the model's own kernel: {', '.join(advice.untouched)}"]
     if rest := [c for c in advice.changes if not c.pays]:
@@ -353,4 +362,4 @@ def _table(title: str, changes: Iterable[AdvisedChange]) -> list[str]:
 
 def _folded(line: str, width: int) -> list[str]:
     """The line broken at spaces so that it fits; figures stay in their columns."""
-    return textwrap.wrap(line, width, subsequent_indent="    ") if len(line) > width else [line]
+    return textwrap.wrap(line, width, subsequent_indent="    ", break_on_hyphens=False) if len(line) > width else [line]

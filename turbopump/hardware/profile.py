@@ -234,9 +234,9 @@ class MachineProfile:
         return [row for row in self.rows if row.op_key == key]
 
 
-def save(profile: MachineProfile, path: Path) -> None:
+def save(profile: MachineProfile, path: Path | str) -> None:
     """Write machine.json in one piece; raises `RunDirectoryError` where the disk does not take it."""
-    write_atomic(path, to_json(profile, indent=True))
+    write_atomic(Path(path), to_json(profile, indent=True))
 
 
 def load(path: Path | str) -> MachineProfile:

@@ -56,7 +56,7 @@ def _meters(profile: MachineProfile, rows: Sequence[Measurement]) -> Html:
     facts = (
         (noisy, f"of {len(rows):,} rows are noisy"),
         (spread, "spread of the median row (fastest to 90th percentile)"),
-        (waited, "of the time the core was taken by others"),
+        (waited, "of the median row's time its core was taken by others"),
     )
     return tag("ul", *(
         tag("li", tag("div", tag("b", prose(percent(share))), Html(" "), name),
