@@ -6,7 +6,7 @@ layer lie on one side (`by="row"` parts these, but never the same operation meas
 (kernels, priors, columns) was chosen by looking at the errors of all these devices, with seeds 0-5, 50-52 and 100-103:
 no device is untouched by that choice, and a figure should be drawn with other seeds.
 `with_others` lends a device what the other devices took for the same shapes: honest for a published device, no help to
-`probe`. `noise_bound` says how far even a sibling in hand (the same layer at half or twice the batch) is off.
+`probe`. `nearest_sibling` is a naive predictor to compare with: the same layer at the nearest other batch.
 """
 
 from __future__ import annotations
@@ -154,10 +154,9 @@ def _lent(known: Sequence[Measurement], asked: Sequence[Measurement], others: Se
     return np.asarray(np.exp(asked_trend + asked_x @ weights + rest))
 
 
-def noise_bound(rows: Sequence[Measurement], kind: str) -> tuple[float, int]:
-    """Median error of taking a sibling's time (the same but for the batch, in the ratio of FLOPs), and how many.
-
-    Of all siblings the nearest in size: what one knows without a model, with all rows in hand.
+def nearest_sibling(rows: Sequence[Measurement], kind: str) -> tuple[float, int]:
+    """Median error of a naive predictor, and of how many rows: the time of the sibling nearest in size (the same but
+    for the batch, of a product its n) in the ratio of FLOPs, with all other rows in hand.
     """
     sibling: dict[str, list[Measurement]] = defaultdict(list)
     name = {"Gemm": "n", "Conv2d": "batch", "RnnPart": "batch"}[kind]

@@ -109,7 +109,15 @@ MORE_CONVS = (
     (2, 16, 64, 64, 16, (11, 11), (1, 1), (5, 5)), (8, 1, 81, 200, 32, (41, 11), (2, 2), (20, 5)),
     (1, 64, 56, 56, 64, (3, 3), (1, 1), (1, 1)), (2, 3, 224, 224, 64, (3, 3), (1, 1), (1, 1)),
     (8, 100, 30, 30, 100, (3, 3), (1, 1), (1, 1)),
+    # shortcut and expansion of residual networks, patches, a stem of small images, U-Net, uneven channels and edges
+    (8, 256, 56, 56, 512, (1, 1), (2, 2), (0, 0)), (8, 128, 28, 28, 512, (1, 1), (1, 1), (0, 0)),
+    (16, 1024, 14, 14, 256, (1, 1), (1, 1), (0, 0)), (4, 3, 224, 224, 192, (16, 16), (16, 16), (0, 0)),
+    (16, 3, 32, 32, 64, (3, 3), (1, 1), (1, 1)), (1, 32, 128, 128, 64, (3, 3), (1, 1), (1, 1)),
+    (3, 20, 57, 57, 50, (5, 5), (1, 1), (2, 2)), (5, 72, 19, 19, 40, (3, 3), (2, 2), (1, 1)),
+    (8, 40, 28, 28, 24, (1, 1), (2, 2), (0, 0)),
 )  # fmt: skip
+# batch, channels, edge, kernel, stride: MobileNet, EfficientNet, ConvNeXt
+DEPTHWISE = ((4, 64, 28, 3, 1), (4, 256, 28, 3, 1), (4, 144, 56, 3, 2), (8, 672, 14, 5, 1), (2, 96, 56, 7, 1))
 DIRECTIONS = ("forward", "input_gradient", "weight_gradient")
 
 
@@ -122,9 +130,10 @@ def _convolutions(main: tuple[str, ...], larger: int) -> Iterator[Tiered]:
             yield replace(op, direction=direction), tier  # type: ignore[arg-type]
             for more in (replace(op, batch=2 * op.batch), replace(op, out_channels=2 * out), replace(op, batch=1)):
                 yield replace(more, direction=direction), 2  # type: ignore[arg-type]
-    for channels, dtype, direction in product((64, 256), main, DIRECTIONS):
-        op = Conv2d(4 * larger, channels, 28, 28, channels, 3, 3, 1, 1, 1, 1, dtype, groups=channels)
-        yield replace(op, direction=direction), 2 if channels > 64 else 1  # type: ignore[arg-type]
+    for (batch, channels, edge, taps, step), dtype, direction in product(DEPTHWISE, main, DIRECTIONS):
+        op = Conv2d(batch * larger, channels, edge, edge, channels, taps, taps, step, step, taps // 2, taps // 2, dtype,
+                    groups=channels)  # fmt: skip
+        yield replace(op, direction=direction), 1 if channels in (64, 144) else 2  # type: ignore[arg-type]
     for (batch, channels, length, window), dtype, direction in product(
         ((8, 80, 1000, 3), (8, 256, 500, 11), (2, 256, 1000, 31)), main, DIRECTIONS
     ):
