@@ -157,9 +157,7 @@ def _llm(row: Row) -> Measured:
     shape = _gpt_shape(n["hidden"], n["layers"], n["heads"], n["seq_len"])
     dims = ParallelDims(n["pp"], n["gpus"] // (n["tp"] * n["pp"]), 1, 1, n["tp"])
     microbatch = int(float(row.get("micro_batch") or 1))
-    recompute: Recompute = (
-        "none" if row.get("recompute") == "none" else "selective" if "sel" in (row.get("recompute") or "") else "full"
-    )
+    recompute = _recompute(row.get("recompute") or "full")
     case = Case(shape, n["seq_len"], n["global_batch"], microbatch, dims, recompute=recompute, dtype="fp16",
                 fused_attention=False, gradient_bytes=2)  # fmt: skip
     h, layers, s, v = n["hidden"], n["layers"], n["seq_len"], 51200
