@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 
 from turbopump.core.errors import ConfigError, UsageError
-from turbopump.planner import calibration
+from turbopump.planner import fit, tables
 from turbopump.planner import validate as module
+from turbopump.planner.step_models import OwnModels
 from turbopump.planner.validate import Report, known_tables, validate
 from turbopump.reporting.validation_text import format_report
 
@@ -49,8 +50,13 @@ class FlatModels:
         self.seen.append({row.group for row in rows})
         return Flat()
 
-    def half_widths(self, rows, predicted_s):
-        return None
+    def held_out(self, rows):
+        seconds = np.full(len(rows), np.nan)
+        for group in dict.fromkeys(row.group for row in rows):
+            own = [row.group == group for row in rows]
+            model = self.fitted([row for row, out in zip(rows, own, strict=True) if not out])
+            seconds[own] = model.seconds([row for row, out in zip(rows, own, strict=True) if out])
+        return seconds, None
 
 
 def write(path, header, rows):
@@ -79,14 +85,20 @@ def table(report: Report, name, part=None):
     return next(t for t in report.tables if t.name == name and part in (None, t.part))
 
 
-def test_every_group_is_predicted_without_itself(folder):
-    models = FlatModels()
-    report = validate(folder, models=models)
+def test_the_own_models_predict_every_group_without_itself(folder, monkeypatch):
+    rows = tables.read(folder / "gpt_3d_parallel_runs.csv").rows
+    groups, seen = list(dict.fromkeys(row.group for row in rows)), []
+    real = fit.fit
+    monkeypatch.setattr(fit, "fit", lambda rows, *more: seen.append({r.group for r in rows}) or real(rows, *more))
+    seconds, widths = OwnModels().held_out(rows)
+    assert [set(groups) - others for others in seen] == [{group} for group in groups]
+    assert np.isfinite(seconds).all() and (seconds > 0).all() and (widths > 0).all() and len(widths) == len(rows)
+
+
+def test_the_groups_of_a_table_have_bands_and_choices(folder):
+    report = validate(folder, models=FlatModels())
     found = table(report, "gpt_3d_parallel_runs")
-    assert report.mode == "cross-validated" and found.part == "single_node_A100"
-    assert len(models.seen) == len(found.groups) == 3
-    for group, seen in zip(found.groups, models.seen, strict=True):
-        assert group not in seen and len(seen) == 2
+    assert report.mode == "cross-validated" and found.part == "single_node_A100" and len(found.groups) == 3
     total = found.total
     assert total.num_rows == 18 and 0 < total.error < 0.6 and total.coverage is not None
     assert total.num_choices == 3 and total.regret is not None
@@ -100,12 +112,22 @@ def test_frozen_takes_what_ships_with_its_band(folder):
     assert all(row.high / row.predicted == pytest.approx(math.exp(0.3)) for row in found.rows)
 
 
-def test_the_own_model_of_steps(folder, monkeypatch):
+def test_the_own_model_of_steps(folder):
     report = validate(folder)  # fitted on the other groups
     assert table(report, "gpt_3d_parallel_runs").total.error < 0.5
-    monkeypatch.setattr(calibration, "shipped", calibration.Calibration.prior)
     frozen = validate(folder, frozen=True)
     assert table(frozen, "gpt_3d_parallel_runs").total.coverage is not None
+    assert "gpt_3d_parallel_runs:" in frozen.calibration and "these very rows" not in str(frozen.to_json())
+
+
+def test_rows_that_the_calibration_was_fitted_on_are_told(folder):
+    class Seen(FlatModels):
+        def shipped(self):
+            rows = tables.read(folder / "gpt_3d_parallel_runs.csv").rows
+            return Flat(band=0.1, digest=f"other:1+gpt_3d_parallel_runs:{fit.digests(rows)['gpt_3d_parallel_runs']}")
+
+    found = table(validate(folder, frozen=True, models=Seen()), "gpt_3d_parallel_runs")
+    assert "fitted on these very rows" in found.basis
 
 
 def test_json_and_text_say_the_same(folder):
@@ -240,7 +262,11 @@ def test_operations_leave_out_the_device_itself(tmp_path):
 
 def test_other_operations(tmp_path):
     known = known_tables()
-    cells = [["LSTM", "", 512, 16, 25, 2, 3, 1], ["QRNN", "", 512, 16, 25, 2, 3, 1], ["GRU", "", 512, 16, 25, 2, "", ""]]
+    cells = [
+        ["LSTM", "", 512, 16, 25, 2, 3, 1],
+        ["QRNN", "", 512, 16, 25, 2, 3, 1],
+        ["GRU", "", 512, 16, 25, 2, "", ""],
+    ]
     header = ("platform", "precision", "cell", "application", "hidden", *known["deepbench_rnn"][4:])
     write(tmp_path / "deepbench_rnn.csv", header, [["NV_P100", "fp32", *row] for row in cells])
     conv = dict.fromkeys(known["deepbench_conv"], 1) | {"platform": "NV_P100", "precision": "fp32", "W": 28, "H": 28}

@@ -27,7 +27,8 @@ def validation(text=""):
     memory = (Row("torchtitan_runs", "8B", "peak", 40.0, 41.0, "GiB", 38.0, 42.0, asked=44.0, capacity=80.0),)
     parts = (
         TableReport("mpt_throughput", "", "step times", steps, (f"mpt_throughput.csv:7: {text}no such model",)),
-        TableReport("deepbench_gemm", "", "operations", ops), TableReport("torchtitan_runs", "memory", "memory", memory),
+        TableReport("deepbench_gemm", "", "operations", ops),
+        TableReport("torchtitan_runs", "memory", "memory", memory),
         TableReport("failures", "", "rates", (), ("failures.csv:2: 'x' is no rate",)),
     )  # fmt: skip
     return Report(f"{text}published", "frozen", "1234", parts, (f"{text}other.csv",))
@@ -44,7 +45,7 @@ def test_a_full_plan_has_every_part():
     assert plots == {f"plot-{name}" for name in figures} and page.open == []
     for words in ("gpt3-175b on 1,024 devices", "What limits it", "arithmetic below the peak", "80 % band",
                   "the network at half the rate", "tp 4 instead of 8", "recompute full instead of selective",
-                  "nothing fits", "the same plan", "dtype fp8 instead of bf16", "41,000 candidates, 900 of which fit",
+                  "nothing fits", "It stays the same with 10 % more memory", "dtype fp8 instead of bf16", "41,000 candidates, 900 of which fit",
                   "pp 16", "does not fit", "How many devices", "The next best is 6.0 % slower"):  # fmt: skip
         assert words in page.text, words
 
@@ -85,6 +86,8 @@ def test_memory_is_drawn_with_the_devices():
     assert len(figure.layout["shapes"]) == 1 and len(figure.data) == 7
     assert sum(t["x"][0] for t in figure.data) == pytest.approx(sum(plan().memory["first"].values()) / 2**30, rel=1e-3)
     assert plan_figures(build(capacity_bytes=0.0))["memory"].layout["shapes"] == []
+    alike = dict.fromkeys(("first", "middle", "last"), plan().memory["first"])  # one stage
+    assert plan_figures(build(plan=replace(plan(), memory=alike)))["memory"].data[0]["y"] == ["every rank"]
 
 
 def test_the_landscape_follows_the_choices_that_vary():

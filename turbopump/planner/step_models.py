@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from turbopump.planner import calibration, fit
-from turbopump.planner.calibration import REGIMES, Calibration, regimes
+from turbopump.planner.calibration import REGIMES, Calibration
 from turbopump.planner.cases import Array
 from turbopump.planner.tables import Measured
 
@@ -44,15 +44,13 @@ class OwnModels:
     def fitted(self, rows: Sequence[Measured]) -> OwnStepModel:
         return OwnStepModel(fit.fit(rows), banded=False)
 
-    def half_widths(self, rows: Sequence[Measured], predicted_s: Array) -> Array:
-        """By regime, as the calibration that ships has them."""
-        kind = np.empty(len(rows), dtype=int)
-        for part in fit.parts_of(rows):
-            kind[part.index] = regimes(part.cases, part.machine)
+    def held_out(self, rows: Sequence[Measured]) -> tuple[Array, Array]:
+        """By calibrations without the row's group, with bands by regime as the one that ships has them."""
+        left_out = fit.cross_validated(rows)
         groups = np.array([row.group for row in rows])
-        found = np.empty(len(rows))
+        widths = np.empty(len(rows))
         for group in dict.fromkeys(groups.tolist()):
-            by_regime = fit.half_widths(rows, predicted_s, without=group)
+            by_regime = fit.half_widths(rows, left_out, without=group)
             mine = groups == group
-            found[mine] = np.array([by_regime[name] for name in REGIMES])[kind[mine]]
-        return found
+            widths[mine] = np.array([by_regime[name] for name in REGIMES])[left_out.regime[mine]]
+        return left_out.step_s, widths

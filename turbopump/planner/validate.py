@@ -21,7 +21,16 @@ from typing import Any, Literal, Protocol
 import numpy as np
 
 from turbopump.core.errors import ConfigError, TurbopumpError, UsageError
-from turbopump.planner import cluster_tables, memory, memory_tables, mlperf_table, nemo_table, operation_tables, tables
+from turbopump.planner import (
+    cluster_tables,
+    fit,
+    memory,
+    memory_tables,
+    mlperf_table,
+    nemo_table,
+    operation_tables,
+    tables,
+)
 from turbopump.planner.judged import Array, Row, Score, by_group, grouped, half_width, score
 from turbopump.planner.operation_tables import read_lines
 from turbopump.planner.tables import Measured
@@ -53,9 +62,9 @@ class StepModels(Protocol):
     def fitted(self, rows: Sequence[Measured]) -> StepModel:
         """Fitted to these rows alone."""
 
-    def half_widths(self, rows: Sequence[Measured], predicted_s: Array) -> Array | None:
-        """Of cross-validated rows: each from the errors of the groups but its own, [rows]; None to leave it to the
-        table's other groups."""
+    def held_out(self, rows: Sequence[Measured]) -> tuple[Array, Array | None]:
+        """Seconds of every row by a model that never saw its group, of two groups or more, [rows]; and half-widths of
+        its band, from errors of the groups but its own, or None to leave that to the other groups of its table."""
 
 
 @dataclass(frozen=True)
@@ -145,7 +154,7 @@ def validate(path: Path, *, frozen: bool = False, models: StepModels | None = No
     reports: list[TableReport] = []
     for file in files:
         if file.stem in STEP_TABLES:
-            basis = _FROZEN_STEPS if frozen else _HELD_OUT_STEPS
+            basis = _steps_basis(file.stem, step_rows, shipped)
             reports += _parts(file.stem, [row for row in judged if row.table == file.stem], problems[file.stem], basis)
         if file.stem in memory_tables.COLUMNS:
             reports += _memory(file)
@@ -208,13 +217,22 @@ def _read_steps(files: Sequence[Path]) -> tuple[list[Measured], dict[str, list[s
     for file in files:
         if file.stem in STEP_TABLES:
             table = nemo_table.read(file) if file.stem == nemo_table.NAME else tables.read(file)
-            rows += table.rows
             problems[file.stem] = list(table.problems)
+            for row in table.rows:
+                try:
+                    row.machine.peak_flops_per_s(row.case.dtype)
+                    rows.append(row)
+                except TurbopumpError as error:
+                    problems[file.stem].append(f"{file.name}: {row.group}: {error}")
     return rows, problems
 
 
-_FROZEN_STEPS = "step times by the calibration that ships"
-_HELD_OUT_STEPS = "step times; every group by a calibration without it, its band from the errors of the other groups"
+def _steps_basis(name: str, rows: Sequence[Measured], shipped: StepModel | None) -> str:
+    if shipped is None:
+        return "step times; every group by a calibration without it, its band from the errors of the other groups"
+    digest = fit.digests([row for row in rows if row.table == name]).get(name)
+    seen = ", which was fitted on these very rows" if f"{name}:{digest}" in shipped.digest.split("+") else ""
+    return f"step times by the calibration that ships{seen}"
 
 
 def _judge_steps(
@@ -222,22 +240,21 @@ def _judge_steps(
 ) -> list[Row]:
     """All step times of all tables; what cannot be predicted is added to the problems of its table."""
     if shipped is not None:
-        return [row for _, row in _predicted(rows, shipped, problems)]
-    pairs: list[tuple[Measured, Row]] = []
-    for group in dict.fromkeys((row.table, row.group) for row in rows):
-        own = [row for row in rows if (row.table, row.group) == group]
-        others = [row for row in rows if (row.table, row.group) != group]
-        if others:
-            pairs += _predicted(own, models.fitted(others), problems)
-        else:
-            problems[group[0]] += [f"{row.table}.csv: {row.group} {row.choice}: no other group to calibrate with; "
-                                   "judge it by what ships: --frozen" for row in own]  # fmt: skip
-    if not pairs:
+        return _predicted(rows, shipped, problems)
+    if len({(row.table, row.group) for row in rows}) < 2:
+        for row in rows:
+            problems[row.table].append(f"{row.table}.csv: {row.group} {row.choice}: there is no other group to "
+                                       "calibrate with; judge it by what ships: --frozen")  # fmt: skip
         return []
-    widths = models.half_widths([m for m, _ in pairs], np.array([row.predicted for _, row in pairs]))
+    seconds, widths = models.held_out(rows)
+    judged = [_judged(row, float(s)) for row, s in zip(rows, seconds, strict=True)]
     if widths is None:
-        return [row for _, row in pairs]
-    return [_banded(row, float(width)) for (_, row), width in zip(pairs, widths, strict=True)]
+        return judged
+    return [_banded(row, float(width)) for row, width in zip(judged, widths, strict=True)]
+
+
+def _judged(row: Measured, seconds: float) -> Row:
+    return Row(row.table, row.group, row.choice, seconds, row.step_s, "s", choice=row.choice)
 
 
 def _banded(row: Row, half: float) -> Row:
@@ -260,11 +277,9 @@ def _part(row: Row) -> str:
     return row.group.partition("/")[0] if row.table in ("gpt_3d_parallel_runs", "llm_published_runs") else ""
 
 
-def _predicted(
-    own: Sequence[Measured], model: StepModel, problems: Mapping[str, list[str]]
-) -> list[tuple[Measured, Row]]:
+def _predicted(own: Sequence[Measured], model: StepModel, problems: Mapping[str, list[str]]) -> list[Row]:
     """Rows with predictions; machine by machine, so that one which the model refuses does not take others with it."""
-    found: list[tuple[Measured, Row]] = []
+    found: list[Row] = []
     by_machine: dict[str, list[Measured]] = {}
     for row in own:
         by_machine.setdefault(f"{row.machine.device.name} x {row.machine.num_devices}", []).append(row)
@@ -276,8 +291,8 @@ def _predicted(
                 problems[row.table].append(f"{row.table}.csv: {row.group} {row.choice} on {machine}: {error}")
             continue
         for i, row in enumerate(members):
-            judged = Row(row.table, row.group, row.choice, float(seconds[i]), row.step_s, "s", choice=row.choice)
-            found.append((row, judged if half_widths is None else _banded(judged, float(half_widths[i]))))
+            judged = _judged(row, float(seconds[i]))
+            found.append(judged if half_widths is None else _banded(judged, float(half_widths[i])))
     return found
 
 

@@ -8,7 +8,7 @@ One self-contained file in the style of a run's report. `plan` is what plan.toml
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -45,6 +45,15 @@ RELIEF = {
     "compute": "More devices, a faster one, or a narrower dtype.",
 }
 DERIVED = ("num_devices", "devices_per_node", "num_microbatches")
+COST_TILES: Mapping[str, tuple[str, Callable[[float], str], str]] = {
+    "wall_s": ("time to finish", human_seconds, "failures and checkpoints included"),
+    "usd": ("cost", lambda v: f"${human(v)}", "to finish"),
+    "kwh": ("energy", lambda v: human(v * 1e3, "Wh"), "to finish"),
+    "goodput": ("goodput", percent, "of the time are steps that count"),
+    "checkpoint_interval_s": ("checkpoint every", human_seconds, ""),
+    "read_bytes_per_s": ("data to read", lambda v: f"{human_bytes(v)}/s", ""),
+}  # fmt: skip
+"""What of `cost` is shown on top, the most asked for first."""
 HEATMAP_SHARE = 45  # percent of the accent at the best cell: text on it stays readable
 
 
@@ -154,19 +163,15 @@ def tiles(view: PlanView) -> list[tuple[str, str, str]]:
     if peak:
         of = f"of {human_bytes(view.capacity_bytes)}" if view.capacity_bytes else ""
         shown.append(("memory of the fullest rank", human_bytes(peak), of))
-    return shown + [found for name, value in plan.cost.items() if (found := _cost_tile(name, value)) is not None][:4]
+    return (shown + [found for name in COST_TILES if (found := _cost_tile(name, plan.cost.get(name)))])[:8]
 
 
-def _cost_tile(name: str, value: float) -> tuple[str, str, str] | None:
-    """Figures of `cost` by the unit that ends their name."""
-    known = {"usd": ("cost", f"${human(value)}"), "kwh": ("energy", human(value * 1e3, "Wh"))}
-    if name in known:
-        return (*known[name], "to finish")
-    if name.endswith("_per_s"):
-        return name.removesuffix("_per_s").replace("_", " "), f"{human(value)}/s", ""
-    if name.endswith("_s"):
-        return name.removesuffix("_s").replace("_", " "), human_seconds(value), ""
-    return name.replace("_", " "), percent(value) if name == "goodput" else human(value), ""
+def _cost_tile(name: str, value: float | None) -> tuple[str, str, str] | None:
+    """One figure of `cost`; None where it is not known."""
+    if value is None:
+        return None
+    words, show, more = COST_TILES[name]
+    return words, show(value), more
 
 
 # decisions ------------------------------------------------------------------------------------------------------------
@@ -177,8 +182,10 @@ def decisions(view: PlanView) -> Html:
     left = tag("div", tag("h2", "What limits it"), tag("ol", *limits(view.plan)), class_="card")
     if view.found is None:
         return tag("div", left, class_="decisions one", style="margin-top:24px")
-    changes = sorted(view.found.changes, key=lambda c: (not c.flips, -c.gain))
+    changes = sorted((c for c in view.found.changes if c.flips), key=lambda c: (c.choice is None, -c.gain))
     items = [change_item(change, view.found.best) for change in changes]
+    if same := [c.what for c in view.found.changes if not c.flips]:
+        items.append(tag("li", tag("p", f"It stays the same with {', '.join(same)}.")))
     none = tag("p", "Nothing else was tried.", class_="muted")
     right = tag("div", tag("h2", "What would change the answer"), tag("ol", *items) if items else none, class_="card")
     return tag("div", left, right, class_="decisions", style="margin-top:24px")
@@ -198,8 +205,6 @@ def limits(plan: PlanFile) -> list[Html]:
 def change_item(change: Change, best: Choice) -> Html:
     if change.choice is None:
         return tag("li", tag("h3", change.what, tag("span", "nothing fits", class_="gain")))
-    if not change.flips:
-        return tag("li", tag("h3", change.what, tag("span", "the same plan", class_="gain none")))
     said = "; ".join(differences(change.choice, best)) or "the same split"
     return tag("li", tag("h3", change.what, tag("span", prose(f"{percent(change.gain)} faster"), class_="gain")),
                tag("p", prose(said)))  # fmt: skip

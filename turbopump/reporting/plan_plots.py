@@ -180,12 +180,14 @@ def _time_axis(times: Sequence[float]) -> dict[str, Any]:
 
 def _round_time(seconds: float) -> str:
     """Without the smaller unit, which is none here: a phone has no room for it."""
-    return human_seconds(seconds).removesuffix(" 00 min").removesuffix(" 00 s").removesuffix(" 0 h")
+    return human_seconds(seconds).removesuffix(" 00 min").removesuffix(" 00 s").removesuffix(" 00 h")
 
 
 def _dense(low: float, high: float, words: Callable[[float], str]) -> dict[str, Any]:
     """Ticks of a logarithmic axis that has one even within a factor of 1.5."""
-    steps = (1, 1.2, 1.5, 2, 2.5, 3, 4, 5, 6, 8) if high < 4 * low else (1, 2, 5) if high < 300 * low else (1,)
+    steps: tuple[float, ...] = (1, 1.2, 1.5, 2, 2.5, 3, 4, 5, 6, 8)
+    if high >= 4 * low:
+        steps = (1, 1.5, 2, 3, 4, 6, 8) if high < 10 * low else (1, 2, 5) if high < 300 * low else (1,)
     decades = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
     ticks = [t for d in decades for m in steps if low <= (t := m * 10.0**d) <= high]
     return {"tickvals": ticks, "ticktext": [words(t) for t in ticks]}
@@ -199,40 +201,47 @@ def _capacity(size: float) -> tuple[list[Any], list[Any]]:
     shape = {"type": "line", "x0": x, "x1": x, "y0": 0, "y1": 1, "yref": "paper",
              "line": {"color": "--lost", "width": 2, "dash": "dash"}}  # fmt: skip
     note = {"x": x, "y": 1, "yref": "paper", "yanchor": "bottom", "xanchor": "right",
-            "showarrow": False, "text": label(f"the device has {human_bytes(size)}"),
+            "showarrow": False, "text": label(f"the device has {x:.3g} GiB"),
             "font": {"size": 11, "color": "--muted"}}  # fmt: skip
     return [shape], [note]
 
 
 def memory(plan: PlanFile, capacity_bytes: float) -> Figure | None:
     """Memory of each rank class by parts, with the device's."""
-    classes = [name for name, parts in plan.memory.items() if parts]
-    parts = list(dict.fromkeys(part for name in classes for part in plan.memory[name]))
+    held = {name: parts for name, parts in plan.memory.items() if parts}
+    if len({tuple(parts.items()) for parts in held.values()}) == 1:
+        held = {"every": next(iter(held.values()))}  # one stage: all ranks alike
+    classes = list(held)
+    parts = list(dict.fromkeys(part for name in classes for part in held[name]))
     if not parts:
         return None
     data: list[Trace] = []
     for number, part in enumerate(parts):
-        values = [plan.memory[name].get(part, 0.0) for name in classes]
+        values = [held[name].get(part, 0.0) for name in classes]
         words = part.replace("_", " ")
         data.append({
-            "type": "bar", "orientation": "h", "name": label(words), "y": [f"{name} stage" for name in classes],
+            "type": "bar", "orientation": "h", "name": label(words), "y": [_class_words(name) for name in classes],
             "x": [_short(v / GIB) for v in values], "marker": {"color": PART_COLOURS.get(part, colour(number))},
             "customdata": [f"{words}: {human_bytes(v)}" for v in values],
             "hovertemplate": "%{customdata}<extra></extra>",
         })  # fmt: skip
-    totals = {name: sum(plan.memory[name].values()) for name in classes}
+    totals = {name: sum(held[name].values()) for name in classes}
     line, note = _capacity(capacity_bytes)
     top = max([*totals.values(), capacity_bytes if capacity_bytes > 0 else 0.0]) / GIB
     return Figure(
         id="memory", title="Memory of a device by its stage of the pipeline", wide=True, legend=True, data=data,
-        summary="; ".join(f"{name} stage {human_bytes(total)}" for name, total in totals.items()) + ".",
+        summary="; ".join(f"{_class_words(name)} {human_bytes(total)}" for name, total in totals.items()) + ".",
         layout=layout(x="GiB", y="", height=110 + 52 * len(classes), barmode="stack", bargap=0.35, shapes=line,
                       annotations=note, yaxis={"autorange": "reversed", "showgrid": False},
                       xaxis={"showgrid": True, "range": [0, 1.06 * top]}, margin={"l": 48, "r": 10, "t": 24, "b": 40}),
-        table=Table(["part", *(f"{name} stage" for name in classes)],
-                    [[p.replace("_", " "), *(human_bytes(plan.memory[n].get(p, 0.0)) for n in classes)] for p in parts]
+        table=Table(["part", *(_class_words(name) for name in classes)],
+                    [[p.replace("_", " "), *(human_bytes(held[n].get(p, 0.0)) for n in classes)] for p in parts]
                     + [["in all", *(human_bytes(totals[n]) for n in classes)]]),
     )  # fmt: skip
+
+
+def _class_words(name: str) -> str:
+    return "every rank" if name == "every" else f"{name} stage"
 
 
 def scaling(points: Sequence[ScalePoint], what: str) -> Figure | None:

@@ -10,6 +10,7 @@ from turbopump.planner.validate import Report, TableReport
 from turbopump.reporting.words import percent
 
 HEAD = ("rows", "error", "median", "bias", "band covers", "half-width", "regret")
+SEEN = "fitted on these very rows"
 SHOWN_GROUPS, SHOWN_REASONS = 12, 4
 
 
@@ -24,6 +25,8 @@ def format_report(report: Report, *, groups: bool = True) -> str:
     lines += _aligned(table)
     for part in report.tables:
         lines += _not_predicted(part)
+    if seen := [part.title for part in report.tables if SEEN in part.basis]:
+        lines += ["", f"{SEEN}, so their errors say little of others: {', '.join(seen)}"]
     if report.ignored:
         lines += ["", f"ignored, no table known here: {', '.join(report.ignored)}"]
     return "\n".join(lines)
