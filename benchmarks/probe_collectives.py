@@ -20,7 +20,8 @@ import numpy as np
 
 from benchmarks.harness import Row, Target
 from turbopump.comms.bench import measure
-from turbopump.comms.cost import CollectiveModel, fit_line
+from turbopump.comms.cost import CollectiveModel
+from turbopump.comms.curves import fit_line
 from turbopump.comms.ops import AllReduce
 from turbopump.core.errors import TurbopumpError
 from turbopump.hardware.profile import Measurement, Request, Trial

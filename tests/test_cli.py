@@ -171,6 +171,7 @@ def test_a_reader_that_goes_away_ends_the_command_quietly(place: Path) -> None:
     process.stderr.close()
 
 
+@pytest.mark.slow
 def test_a_pipe_gets_plain_lines(place: Path) -> None:
     process = start(place, "train", "lm.toml", "name=piped", COLUMNS="40")
     out, err = process.communicate(timeout=120)

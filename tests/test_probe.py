@@ -11,11 +11,19 @@ from pathlib import Path
 
 import pytest
 
+from tests.conftest import RECIPE
 from tests.fake_domains import Fake, products
 from turbopump import probe as verb
 from turbopump.compute import deepbench
 from turbopump.compute.ops import Gemm
-from turbopump.core.errors import Interrupted, NoisyProfileError, ProfileError, RunDirectoryError, UsageError
+from turbopump.core.errors import (
+    Interrupted,
+    NoisyProfileError,
+    ProfileError,
+    RunDirectoryError,
+    TurbopumpError,
+    UsageError,
+)
 from turbopump.core.units import parse_seconds
 from turbopump.hardware.journal import journal_path, read_journal
 from turbopump.hardware.profile import SCHEMA, Curve, MachineProfile, Measurement, load, save
@@ -333,9 +341,22 @@ def test_one_operation_that_fails_does_not_take_the_next_ones_with_it(output):
 
 def test_nothing_but_failures_is_an_error(output):
     trials = products(3)
-    with pytest.raises(Exception, match="nothing could be measured: compute failed 3 times"):
+    with pytest.raises(Exception, match=r"nothing could be measured\. compute failed 3 times"):
         run(output, Fake(trials, fail_at=frozenset(trial.key for trial in trials)))
     assert not output.exists()
+
+
+class Full(Fake):
+    """A disk without room: every row says so."""
+
+    def measure(self, trials, request, until):
+        yield from (Measurement.failed(trial, "data", "4 MB are needed, 1 MB is free") for trial in trials)
+
+
+def test_nothing_but_rows_with_problems_is_an_error_that_names_them(output):
+    with pytest.raises(TurbopumpError, match=r"nothing could be measured\. 3 rows: 4 MB are needed") as caught:
+        run(output, Full(products(3)))
+    assert caught.value.exit_code == 1 and not list(output.parent.iterdir())
 
 
 # ---- arguments
@@ -381,25 +402,10 @@ def test_durations_that_are_none(text):
 
 # ---- recipes
 
-RECIPE = """
-name = "lm"
-num_steps = 6
-global_batch = 8
-[model]
-kind = "transformer"
-num_layers = 1
-hidden_size = 16
-num_heads = 2
-[data]
-kind = "tokens"
-path = "texts"
-seq_len = 16
-"""
-
 
 @pytest.fixture
 def recipe(output):
-    pack(iter(["the quick brown fox " * 50] * 4), "texts")
+    pack(iter(["the quick brown fox " * 50] * 4), "datasets/text")
     output.with_name("lm.toml").write_text(RECIPE)
     return output.parent
 
@@ -431,7 +437,7 @@ def fakes(monkeypatch):
     """The command measures these instead of the machine."""
     benches = {"compute": Fake(products(6) + products(2, route="mkldnn.matmul.fp32_precision=bf16"))}
     monkeypatch.setattr(verb, "_load_benches", lambda domains: benches)
-    monkeypatch.setattr(verb, "_device", lambda: "cpu")
+    monkeypatch.setattr(verb, "_device", lambda asked: asked or "cpu")
     return benches
 
 
@@ -523,7 +529,23 @@ def test_published_figures_stand_beside_ours(output, cli, fakes):
     assert "none of the published operations was measured here" in cli("probe", "--published", ".").out
     output.with_name("deepbench_gemm.csv").write_text("platform,M\nNV_X,1\n")
     broken = cli("probe", "--published", ".")
-    assert broken.code == 1 and "deepbench_gemm.csv is not in the form of docs/probe.md" in broken.err
+    assert broken.code == 2 and "deepbench_gemm.csv is not in the form of docs/probe.md" in broken.err
+
+
+@pytest.mark.parametrize(
+    ("option", "given"), [("--only", ""), ("--only", "compute,"), ("--threads", ","), ("--threads", "")]
+)
+def test_an_empty_part_of_a_list_is_no_default(output, cli, fakes, option, given):
+    said = cli("probe", option, given)
+    assert said.code == 2 and f"{option}: {given!r} given" in said.err and not fakes["compute"].requests
+
+
+def test_a_device_that_is_not_here_is_refused(output, monkeypatch):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    bench = Fake(products(1))
+    with pytest.raises(UsageError, match="'cuda' given, but PyTorch sees no CUDA device here: use cpu"):
+        probe(output, domains={"compute": bench}, device="cuda")
+    assert not bench.requests and not output.exists()
 
 
 def test_importing_it_imports_no_torch():

@@ -39,13 +39,13 @@ Flag = Annotated[bool, Parameter(negative=(), show_default=False)]
 def probe(
     *overrides: str,
     budget: str = "5m",
-    only: Annotated[str, Parameter(show_default=False)] = "",
+    only: str | None = None,
     suite: Literal["generic", "deepbench"] = "generic",
     recipe: Annotated[Path | None, Parameter(name="--for")] = None,
     advice: Path | None = None,
     published: Path | None = None,
     output: Path = Path("machine.json"),
-    threads: Annotated[str, Parameter(show_default=False)] = "",
+    threads: str | None = None,
     directory: Path | None = None,
     device: Literal["cpu", "cuda"] | None = None,
     overwrite: Flag = False,
@@ -102,7 +102,7 @@ def probe(
         from turbopump.compute.advice import format_advice
 
         found = verb.advise(advice, output, overrides)
-        print(to_json(found, indent=True).decode().rstrip() if json else format_advice(found, str(advice)))
+        print(to_json(found, indent=True).decode().rstrip() if json else format_advice(found, str(advice), columns))
         return
     tables = read_published(published) if published is not None else []  # before minutes of measuring
     if overrides and recipe is None:
@@ -111,9 +111,9 @@ def probe(
     line = _ProbeLine(quiet or json)
     try:
         profile = verb.probe(
-            output, budget_s=parse_seconds(budget, "--budget"), only=_parts(only), suite=suite, recipe=recipe,
-            overrides=overrides, threads=[_count(text, "--threads") for text in _parts(threads)], directory=directory,
-            device=device, overwrite=overwrite, progress=line, finished=outcomes.append,
+            output, budget_s=parse_seconds(budget, "--budget"), only=_parts(only, "--only"), suite=suite, recipe=recipe,
+            overrides=overrides, threads=[_count(text, "--threads") for text in _parts(threads, "--threads")],
+            directory=directory, device=device, overwrite=overwrite, progress=line, finished=outcomes.append,
         )  # fmt: skip
     finally:
         line.clear()
@@ -127,9 +127,12 @@ def probe(
         raise TurbopumpError(f"{'; '.join(failures)}. What could be measured is in {output}")
 
 
-def _parts(given: str) -> list[str]:
-    """The parts of an option given as `a,b`."""
-    return [part.strip() for part in given.split(",") if part.strip()]
+def _parts(given: str | None, option: str) -> list[str]:
+    """The parts of an option given as `a,b`; none where it was not given."""
+    parts = [part.strip() for part in given.split(",")] if given is not None else []
+    if not all(parts):
+        raise UsageError(f"{option}: {given!r} given, where a part is empty: give names or numbers, as in a,b")
+    return parts
 
 
 def _count(text: str, option: str) -> int:
@@ -173,6 +176,7 @@ def train(
     *overrides: str,
     run: Path | None = None,
     start_from: Annotated[str | None, Parameter(name="--from")] = None,
+    plan: Path | None = None,
     model: str | None = None,
     dataset: str | None = None,
     evaluation_dataset: str | None = None,
@@ -190,6 +194,7 @@ def train(
         turbopump train recipes/lm-stdlib.toml --dry-run
         turbopump train recipes/convnet-digits.toml launch.num_processes=2
         turbopump train recipes/lm-stdlib.toml name=tuned --from runs/demo@400
+        turbopump train recipes/lm-stdlib.toml --plan plan.toml
         turbopump train my.toml --model mine:build --dataset mine:data --loss mine:loss
 
     Parameters
@@ -202,6 +207,8 @@ def train(
         The run directory; default runs/<name>.
     start_from
         Start a new run from the weights of RUN, RUN@STEP, a checkpoint or a safetensors file.
+    plan
+        Follow this plan.toml (turbopump plan RECIPE --output plan.toml): microbatch, precision, recompute, processes.
     model
         module:function that returns a torch module, in place of the recipe's [model].
     dataset
@@ -220,13 +227,15 @@ def train(
     from turbopump import train as verb
 
     live = {"model": model, "dataset": dataset, "evaluation_dataset": evaluation_dataset, "loss": loss}
+    if plan is not None and (dry_run or verify_resume):
+        raise UsageError("--plan is for training: leave --dry-run and --verify-resume out, or the plan")
     if dry_run:
         print(verb.dry_run(recipe, overrides=overrides, live=live))
     elif verify_resume:
         verb.verify_resume(recipe, overrides=overrides, live=live)
     else:
         verb.train_from_command_line(
-            recipe, overrides=overrides, live=live, run=run, start_from=start_from, quiet=quiet
+            recipe, overrides=overrides, live=live, run=run, start_from=start_from, quiet=quiet, plan=plan
         )
 
 
@@ -298,6 +307,100 @@ def evaluate(
     live = {"model": model, "dataset": dataset, "evaluation_dataset": evaluation_dataset, "loss": loss}
     result = verb.evaluate(run, step=step, split=split, max_samples=max_samples, live=live)
     print(verb.format_result(result, as_json=json))
+
+
+@app.command
+def plan(
+    recipe: Path | None = None,
+    /,
+    *overrides: str,
+    on: str | None = None,
+    device: str | None = None,
+    count: int | None = None,
+    link: str | None = None,
+    devices_per_node: int | None = None,
+    fix: Annotated[tuple[str, ...], Parameter(negative=(), consume_multiple=True)] = (),
+    seq_len: int = 0,
+    global_batch: int = 0,
+    steps: int | None = None,
+    tokens: float | None = None,
+    price: float | None = None,
+    output: Path | None = None,
+    validate: Path | None = None,
+    frozen: Flag = False,
+    calibrate: Annotated[tuple[Path, ...], Parameter(negative=(), consume_multiple=True)] = (),
+    json: Flag = False,
+) -> None:
+    """How to train a model on a machine, how long it takes, what it costs, and how sure that is.
+
+    Examples:
+
+        turbopump plan recipes/lm-stdlib.toml
+        turbopump plan recipes/lm-stdlib.toml --on machine.json --output plan.toml
+        turbopump plan config.json --device h100-sxm --count 1024 --link infiniband-ndr --tokens 1e12
+        turbopump plan config.json --device h100-sxm --count 64 --fix tp=4 recompute=none,selective
+        turbopump plan workload.json --device a100-80gb-sxm --count 8 --global-batch 256
+        turbopump plan --calibrate runs/demo runs/other
+        turbopump plan --validate published/ --frozen
+
+    Parameters
+    ----------
+    recipe
+        A recipe, a Hugging Face config.json, or the workload.json of a traced module.
+    overrides
+        Settings that replace the recipe's: microbatch=8
+    on
+        A machine file of probe, or a device of the catalog; default machine.json.
+    device
+        A device of the catalog, e.g. h100-sxm, or of a file of your own: FILE.toml:ENTRY
+    count
+        How many devices; on the processors of a host, how many processes.
+    link
+        What joins the hosts: a link of the catalog, or of a file; default infiniband-ndr.
+    devices_per_node
+        Devices of a host; default 8.
+    fix
+        Hold a choice, or some values of it: tp=4 recompute=none,full. Known: pp, dp_replicate, dp_shard, cp, tp, ep,
+        microbatch, virtual_stages, sync_every, recompute, schedule, synchronisation, dtype.
+    seq_len
+        Tokens of a sequence, for a config.json; default 4096.
+    global_batch
+        Samples of a step, for a config.json or workload.json.
+    steps
+        Steps to the end; default the recipe's.
+    tokens
+        Tokens (or what the model counts) to the end, e.g. 1e12.
+    price
+        Dollars for an hour of one device; default the catalog's.
+    output
+        Write plan.toml here, for train --plan, and its page beside it.
+    validate
+        Plan nothing: predict every published table of this folder and compare; --output writes a page.
+    frozen
+        Predict them with the calibration that ships, instead of every group of rows without itself.
+    calibrate
+        Plan nothing: refine the machine file of --on by these runs of this machine.
+    json
+        Print JSON: every alternative and the landscape of the search too.
+    """
+    from turbopump import plan as verb
+
+    if validate is not None or calibrate:
+        if recipe is not None or (validate is not None and calibrate):
+            raise UsageError("a recipe, --validate and --calibrate are three things: give one of them")
+        print(verb.validate(validate, frozen=frozen, page=output, as_json=json) if validate is not None
+              else verb.calibrate(calibrate, on, as_json=json))  # fmt: skip
+        return
+    if recipe is None:
+        raise UsageError("plan needs a recipe, a config.json or a workload.json: turbopump plan recipes/lm-stdlib.toml")
+    if frozen:
+        raise UsageError("--frozen is for --validate: leave it out")
+    said = verb.plan_from_command_line(
+        recipe, overrides, output=output, as_json=json, columns=shutil.get_terminal_size().columns, on=on,
+        device=device, count=count, link=link, devices_per_node=devices_per_node, fix=fix, seq_len=seq_len,
+        global_batch=global_batch, steps=steps, tokens=tokens, usd_per_hour=price,
+    )  # fmt: skip
+    print(said)
 
 
 @app.command
@@ -453,7 +556,7 @@ def main(arguments: list[str] | None = None) -> int:
     return 0
 
 
-VERBS = ("probe", "pack", "train", "evaluate", "report", "inspect")
+VERBS = ("probe", "plan", "pack", "train", "evaluate", "report", "inspect")
 
 
 def _fail(message: str, exit_code: int) -> int:

@@ -13,6 +13,7 @@ import importlib
 import signal
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -32,6 +33,7 @@ from turbopump.hardware.measured import measured_device, measured_links, measure
 from turbopump.hardware.measuring import Bench, ProbeProgress, Session
 from turbopump.hardware.process import prepare_to_compute
 from turbopump.hardware.profile import SCHEMA, Domain, MachineProfile, Request, check_same_machine, load, save
+from turbopump.planner.own_run import ops_of
 from turbopump.planner.summary import microbatch_workload
 
 if TYPE_CHECKING:
@@ -105,7 +107,7 @@ def probe(
     existing = _existing(output, overwrite)
     ops = recipe_ops(recipe, overrides) if recipe is not None else ()
     benches = domains if domains is not None else _load_benches(request.domains)
-    place = here(device or _device())
+    place = here(_device(device))
     request = replace(request, ops=ops, device=next(iter(place.devices)), max_ranks=_max_ranks(place))
     header = Header(place.name, place.fingerprint, place.software, str(request.directory.resolve()), _now())
     with Journal(journal_path(output), header, discard_foreign=overwrite) as journal:
@@ -150,12 +152,15 @@ def default_threads() -> tuple[int, ...]:
 
 
 def recipe_ops(recipe: Path | str | Config, overrides: Sequence[str] = ()) -> tuple[Op, ...]:
-    """Each operation of a step once: a microbatch's, in fp32 and bf16 where the recipe leaves that to measurement."""
+    """Each operation of a step once, in fp32 and bf16 where the recipe leaves that to measurement: those of the
+    workload, and what `train` computes around them."""
     config = _config(recipe, overrides)
+    if microbatch_workload(config) is None:
+        raise _live(config, recipe)
+    processes = config.launch.num_processes or 1
     ops: dict[Op, None] = {}
-    for dtype in ("fp32", "bf16") if config.precision.compute == "auto" else (None,):
-        workload = _workload(config, recipe, dtype)
-        ops |= dict.fromkeys([*(op for op, _ in workload.ops()), *workload.optimizer_ops])
+    for dtype in ("fp32", "bf16") if config.precision.compute == "auto" else (config.precision.compute,):
+        ops |= dict.fromkeys(ops_of(config, dtype, processes))
     return tuple(ops)
 
 
@@ -166,10 +171,14 @@ def _config(recipe: Path | str | Config, overrides: Sequence[str]) -> Config:
 def _workload(config: Config, recipe: Path | str | Config, dtype: str | None) -> Workload:
     workload = microbatch_workload(config, dtype=dtype)
     if workload is None:
-        name = config.name if isinstance(recipe, Config) else recipe
-        raise UsageError(f"{name}: the operations of a live model are not known before it runs: give a recipe whose "
-                         "model and data have a kind of their own")  # fmt: skip
+        raise _live(config, recipe)
     return workload
+
+
+def _live(config: Config, recipe: Path | str | Config) -> UsageError:
+    name = config.name if isinstance(recipe, Config) else recipe
+    return UsageError(f"{name}: the operations of a live model are not known before it runs: give a recipe whose "
+                      "model and data have a kind of their own")  # fmt: skip
 
 
 def _existing(output: Path, overwrite: bool) -> MachineProfile | None:
@@ -198,10 +207,18 @@ def _load_benches(domains: Sequence[Domain]) -> dict[str, Bench]:
     return {name: importlib.import_module(module) for name, module in wanted.items()}
 
 
-def _device() -> str:
+def _device(asked: str | None) -> str:
+    """What computes: as asked, or a GPU where PyTorch sees one."""
+    if asked == "cpu":
+        return asked
     import torch
 
-    return "cuda" if torch.cuda.is_available() else "cpu"
+    if torch.cuda.is_available():
+        return "cuda"
+    if asked == "cuda":
+        raise UsageError("device: 'cuda' given, but PyTorch sees no CUDA device here: use cpu, or a CUDA build of "
+                         "PyTorch and a driver that fits it")  # fmt: skip
+    return "cpu"
 
 
 def _max_ranks(place: Here) -> int:
@@ -245,7 +262,7 @@ def _finish(
     overwrite: bool,
 ) -> Outcome:  # fmt: skip
     """Join the rows with those of the file that is there, and write it unless what is there is better."""
-    if not session.rows:
+    if not any(row.works for row in session.rows.values()):
         journal.remove()
         raise _nothing_measured(session, budget_s)
     new = tuple(session.rows.values())
@@ -278,8 +295,10 @@ def _write_page(profile: MachineProfile, output: Path) -> Path:
 
 
 def _nothing_measured(session: Session, budget_s: float) -> TurbopumpError:
-    if session.failures:
-        return TurbopumpError("nothing could be measured: " + "; ".join(_failures(session)))
+    problems = Counter(row.problem for row in session.rows.values())
+    if session.failures or problems:
+        said = [*_failures(session), *(f"{count} rows: {problem}" for problem, count in problems.most_common(3))]
+        return TurbopumpError("nothing could be measured. " + "; ".join(said))
     if not session.total:
         return UsageError(f"there is nothing to measure of {', '.join(session.request.domains)} on this machine: ask "
                           f"for others of {', '.join(DOMAINS)}")  # fmt: skip
@@ -312,6 +331,7 @@ def _profile(
         links=measured_links(rows), storage=measured_storage(rows, str(request.directory.resolve())), rows=rows,
         quality=quality(rows), left_out=tuple(_left_out(session)),
         uncertain=tuple(_uncertain(session, place, joined, existing)), request=asked,
+        calibration=existing.calibration if existing is not None else None,
     )  # fmt: skip
 
 

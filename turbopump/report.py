@@ -20,6 +20,7 @@ from turbopump.reporting.compare import compare, comparison_page, comparison_tex
 from turbopump.reporting.decide import changes, limits, nothing_to_change
 from turbopump.reporting.load import load_run
 from turbopump.reporting.page import run_page
+from turbopump.reporting.predicted_page import predicted_lines
 from turbopump.reporting.words import headline
 
 
@@ -104,5 +105,6 @@ def run_text(summary: Summary) -> str:
     lines += [f"change: {f.title}. {f.evidence}" + (f" [{f.setting}]" if f.setting else "") for f in found[:3]]
     if not found:
         lines.append(nothing_to_change(summary))
+    lines += predicted_lines(summary.predicted)
     lines += [f"note: {note}" for note in summary.notes]
     return "\n".join(lines)

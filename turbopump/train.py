@@ -12,18 +12,21 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 from turbopump.core import plugins
 from turbopump.core.config import Config, apply_override, load, parse, validate
-from turbopump.core.errors import ConfigError, UsageError
+from turbopump.core.errors import ConfigError, PlanError, UsageError
 from turbopump.core.rundir import RunDir
 from turbopump.core.units import human_bytes
-from turbopump.hardware.detect import available_bytes, process_age_s
+from turbopump.hardware.detect import available_bytes, num_cores, process_age_s
 from turbopump.hardware.process import prepare_to_compute
 from turbopump.planner.summary import misfits, summarize
+
+MACHINE_FILE = "machine.json"  # of the working directory
 
 if TYPE_CHECKING:
     from turbopump.training.loop import Job, TrainResult
@@ -42,6 +45,7 @@ def train(
     overrides: Sequence[str] = (),
     run: Path | str | None = None,
     start_from: Path | str | None = None,
+    plan: Path | str | None = None,
     hooks: Sequence[Callable[..., None]] = (),
     loggers: Sequence[Any] = (),
     quiet: bool = False,
@@ -56,8 +60,9 @@ def train(
     its samples), `metrics(model, batch)` maps names to (sum, count), and `optimizer` may be `lambda parameters: ...`.
     `settings` are those of a recipe: `num_steps=100, global_batch=32, schedule={"kind": "constant"}`. `hooks` are
     called with the TrainState after every step, `loggers` see every record. `start_from` is RUN, RUN@STEP, a
-    checkpoint or a safetensors file. An existing run directory is gone on with.
-    Raises ConfigError, ResumeError, DatasetError, CheckpointError, NonFiniteError, OutOfMemoryError, RankError.
+    checkpoint or a safetensors file, `plan` the plan.toml to follow. An existing run directory is gone on with.
+    Raises ConfigError, ResumeError, DatasetError, CheckpointError, NonFiniteError, OutOfMemoryError, RankError,
+    PlanError for a plan that is another recipe's or asks for what train cannot do.
     """
     prepare_to_compute()
     from turbopump.training.loop import Job, Live
@@ -68,10 +73,13 @@ def train(
     model = model if isinstance(recipe, (str, os.PathLike, Config)) else recipe
     live = Live(model, dataset, evaluation_dataset, loss, weight, metrics, make_optimizer)
     config = _resolve(recipe, live, overrides, settings)
+    plan_text = ""
+    if plan is not None:
+        config, plan_text = _follow(plan, recipe, live, overrides, settings)
     path = Path(run) if run is not None else Path("runs") / config.name
     job = Job(
         config=config, path=path, live=live, quiet=quiet, hooks=tuple(hooks), loggers=tuple(loggers),
-        start_from=None if start_from is None else find_weights(str(start_from)), began_before_s=began_before_s,
+        plan=plan_text, start_from=None if start_from is None else find_weights(str(start_from)), began_before_s=began_before_s,
     )  # fmt: skip
     return _run(job)
 
@@ -90,6 +98,22 @@ def _resolve(recipe: Any, live: Any, overrides: Sequence[str], settings: Mapping
     for override in overrides:
         apply_override(table, override)
     return parse(table, where="train")
+
+
+def _follow(
+    plan: Path | str, recipe: Any, live: Any, overrides: Sequence[str], settings: Mapping[str, Any]
+) -> tuple[Config, str]:
+    """The Config that follows plan.toml, and the plan's text for the run directory."""
+    from turbopump.planner import plan_file
+
+    if not isinstance(recipe, (str, os.PathLike)) or live.model is not None or live.dataset is not None:
+        raise PlanError("a plan is followed by the recipe it was made for: give that recipe's path, nothing live")
+    made, asked = plan_file.read(plan), _resolve(recipe, live, overrides, settings)
+    chosen = plan_file.settings(made, asked, _num_gpus(asked) or num_cores(), plan)
+    lines = [f"{key}={_as_toml(value)}" for key, value in chosen.items()]
+    config = _resolve(recipe, live, [*lines, *overrides], settings)
+    plan_file.refuse_contradictions(chosen, config, plan)
+    return config, plan_file.dumps(made)
 
 
 def _as_toml(value: Any) -> str:
@@ -117,16 +141,27 @@ def _run(job: Job) -> TrainResult:
     from turbopump.training.prepare import prepare_run_directory
 
     if "RANK" in os.environ and "WORLD_SIZE" in os.environ:  # a launcher has started this rank already
-        if int(os.environ["RANK"]) == 0:
-            prepare_run_directory(job.config, RunDir(job.path))
-        return run_training(job)
+        if int(os.environ["RANK"]) != 0:
+            return run_training(job)
+        prepare_run_directory(job.config, RunDir(job.path))
+        with _predicting(job, int(os.environ["WORLD_SIZE"])):
+            return run_training(job)
     if prepare_run_directory(job.config, RunDir(job.path)) and (result := _finished(job)) is not None:
         return result
     num_processes = job.config.launch.num_processes or _num_devices(job.config)
     _warn_of_memory(job.config, num_processes)
-    if num_processes == 1:
-        return run_training(job)
-    return _run_ranks(job, num_processes)
+    with _predicting(job, num_processes):
+        return run_training(job) if num_processes == 1 else _run_ranks(job, num_processes)
+
+
+def _predicting(job: Job, num_processes: int) -> AbstractContextManager[None]:
+    """What the machine file of the working directory says of the run goes into it; nothing where there is none."""
+    if not Path(MACHINE_FILE).is_file():
+        return nullcontext()
+    from turbopump.planner.own_run import predicting
+
+    device = "cuda" if _num_gpus(job.config) else "cpu"
+    return predicting(job.config, RunDir(job.path), num_processes=num_processes, device=device)
 
 
 def _run_ranks(job: Job, num_processes: int) -> TrainResult:
@@ -239,8 +274,9 @@ def train_from_command_line(
     run: Path | None,
     start_from: str | None,
     quiet: bool,
+    plan: Path | None = None,
 ) -> None:
-    result = train(recipe, overrides=overrides, run=run, start_from=start_from, quiet=quiet,
+    result = train(recipe, overrides=overrides, run=run, start_from=start_from, quiet=quiet, plan=plan,
                    began_before_s=process_age_s(), **_load_live(live))  # fmt: skip
     if not quiet:
         print(f"{result.step} steps are in {result.path}; next: turbopump report {result.path}")

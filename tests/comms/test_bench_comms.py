@@ -89,6 +89,7 @@ def test_every_operation_is_measured_between_two_ranks_or_says_why_not(groups):
     assert len(groups) == 1  # the ranks stayed, also after they had to say no
 
 
+@pytest.mark.slow
 def test_a_killed_rank_is_a_row_and_the_next_row_has_new_ranks(groups):
     long = Request(max_ranks=2, row_s=30.0)
 

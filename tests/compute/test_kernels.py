@@ -6,6 +6,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from tests.compute import sample_ops
 from turbopump.compute import kernels, kernels_moving, routes
+from turbopump.compute.choice import MAX_ERROR
 from turbopump.compute.ops import OPS, RNN_GATES, Attention, Elementwise, Gemm, Rnn
 from turbopump.core.errors import UsageError
 from turbopump.core.workload import Op, OpCost
@@ -73,7 +74,7 @@ def test_layouts_are_views_of_contiguous_storage(layout):
 @pytest.mark.parametrize("dtype", ["fp64", "fp32", "bf16", "fp16", "int8", "fp8"])
 def test_products_of_every_dtype(dtype):
     op = Gemm(32, 48, 64, dtype)
-    assert routes.error(op, routes.default_route(op)) <= routes.MAX_ERROR[dtype]
+    assert routes.error(op, routes.default_route(op)) <= MAX_ERROR[dtype]
 
 
 def test_gradients_are_of_what_a_layer_trains():

@@ -5,6 +5,7 @@ import torch
 
 from tests.compute import sample_ops
 from turbopump.compute import conditions, kernels, routes, switches
+from turbopump.compute.choice import MAX_ERROR
 from turbopump.compute.kernels import Route
 from turbopump.compute.ops import Attention, Conv2d, Gemm, OptimizerStep, Rnn
 
@@ -153,4 +154,4 @@ def test_the_cuda_table_can_be_made_without_the_device():
 def test_routes_of_a_gpu_are_as_exact_as_their_dtype(dtype):
     op = Gemm(256, 256, 512, dtype)
     for route in routes.built_in(op, "cuda"):
-        assert routes.error(op, route, "cuda") <= routes.MAX_ERROR[dtype], route.name
+        assert routes.error(op, route, "cuda") <= MAX_ERROR[dtype], route.name

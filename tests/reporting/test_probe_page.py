@@ -12,7 +12,7 @@ from tests.synthetic_profile import DOMAINS, ONEDNN, build, datasheet
 from turbopump.core.errors import RunDirectoryError
 from turbopump.hardware.profile import load, save
 from turbopump.reporting.probe_page import probe_figures, probe_page, write_page
-from turbopump.reporting.probe_rows import best_rates, gains, memory_roofs, of_best_route, op_words, peaks
+from turbopump.reporting.probe_rows import Gain, best_rates, gains, memory_roofs, of_best_route, op_words, peaks
 
 HOSTILE = '<script>alert(1)</script><img src="http://evil.example/x" onerror=alert(2)>'
 ALL = {"roofline-0", "efficiency-products", "efficiency-convolutions", "efficiency-recurrent", "efficiency-attention",
@@ -112,13 +112,35 @@ def test_gains_compare_the_default_with_the_fastest_exact_route(profile):
     assert [g.ratio for g in found] == sorted((g.ratio for g in found), reverse=True)
     assert not any(g.best.problem for g in found)
     by_op = {row.op_key: row for row in of_best_route(profile.rows)}
-    assert all(g.best.seconds == by_op[g.best.op_key].seconds for g in found)
+    changed = [g for g in found if g.best is not g.default]
+    assert changed and all(g.best.seconds == by_op[g.best.op_key].seconds for g in changed)
+
+
+def test_a_noisy_or_inexact_row_is_no_gain(profile):
+    gain = gains(profile)[0]
+    assert gain.ratio > 1.5
+
+    def with_best(**changed: float) -> Gain:
+        rows = (gain.default, replace(gain.best, **changed))
+        return next(iter(gains(replace(profile, rows=rows))), Gain(gain.default, gain.default))
+
+    assert with_best().ratio == gain.ratio
+    assert with_best(p90_s=2 * gain.best.seconds).ratio == 1.0
+    assert with_best(error=0.5).ratio == 1.0
 
 
 def test_memory_roofs_are_those_of_memory_and_of_the_caches(profile):
     memory, caches = memory_roofs(profile, next(iter(best_rates(profile)))[0])
     assert 15e9 < memory < 20e9 and caches > 80e9
     assert memory_roofs(replace(profile, rows=()), ("cpu", 1)) == (None, None)
+
+
+def test_a_copy_within_the_caches_is_not_called_memory(profile):
+    small = tuple(r for r in profile.rows if r.kind != "MemoryCopy" or r.bytes < 1 << 20)
+    small = tuple(r for r in small if r.kind != "MemoryTriad" or r.bytes < 1 << 20)
+    setting = next(iter(best_rates(profile)))[0]
+    memory, caches = memory_roofs(replace(profile, rows=small, devices=()), setting)
+    assert memory is None and caches > 80e9
 
 
 @pytest.mark.parametrize("domain", DOMAINS)

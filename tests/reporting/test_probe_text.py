@@ -44,7 +44,7 @@ def test_names_cannot_steer_the_terminal(profile):
 
 def test_reads_are_shown_where_too_little_was_measured_for_a_storage(profile):
     said = summary(replace(profile, storage=()), 100)
-    assert "storage      " in said and "RandomRead " in said
+    assert "storage      " in said and "random reads " in said
 
 
 def test_short_lists_are_whole():

@@ -77,42 +77,31 @@ class AllReduce(Collective):
 
 
 @dataclass(frozen=True)
-class AllGather(Collective):
+class _OfShares(Collective):
+    """Each rank sends one share (`bytes / ranks`) for each other, in a ring or pairwise."""
+
+    @property
+    def sent_share(self) -> float:
+        return (self.ranks - 1) / self.ranks
+
+    @property
+    def steps(self) -> int:
+        return self.ranks - 1
+
+
+@dataclass(frozen=True)
+class AllGather(_OfShares):
     """Every rank gets the shares (`bytes / ranks` each) of all."""
 
-    @property
-    def sent_share(self) -> float:
-        return (self.ranks - 1) / self.ranks
-
-    @property
-    def steps(self) -> int:
-        return self.ranks - 1
-
 
 @dataclass(frozen=True)
-class ReduceScatter(Collective):
+class ReduceScatter(_OfShares):
     """Every rank gets its share (`bytes / ranks`) of the sum of all ranks' buffers."""
 
-    @property
-    def sent_share(self) -> float:
-        return (self.ranks - 1) / self.ranks
-
-    @property
-    def steps(self) -> int:
-        return self.ranks - 1
-
 
 @dataclass(frozen=True)
-class AllToAll(Collective):
+class AllToAll(_OfShares):
     """Every rank gets from each other a share of its own (`bytes / ranks` a pair)."""
-
-    @property
-    def sent_share(self) -> float:
-        return (self.ranks - 1) / self.ranks
-
-    @property
-    def steps(self) -> int:
-        return self.ranks - 1
 
 
 @dataclass(frozen=True)

@@ -10,17 +10,19 @@ what lies between them is not in them; neither is what a compiler gains by joini
 from __future__ import annotations
 
 import math
+import textwrap
 from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 from turbopump.compute.choice import DEFAULT, Choice, Estimate, best_route, estimates, noise_of
-from turbopump.core.units import human_seconds
+from turbopump.core.units import human_seconds, printable
 from turbopump.core.workload import Op, Workload
 from turbopump.hardware.profile import MachineProfile, Measurement
 
-WIDTH = 100
+WIDEST = 100
+TABLE = 72  # columns of a line of figures
 LEAST_SHARE = 0.002  # of the step: less is not worth a line
 
 
@@ -139,7 +141,7 @@ class AdvisedChange:
     def basis(self) -> str:
         """`measured`, or how many of the operations are judged by the nearest shapes."""
         near = sum(e.basis == "nearest" for e in self.effects)
-        return "measured" if not near else f"{len(self.effects) - near} rows, {near} near"
+        return "measured" if not near else f"{len(self.effects) - near} measured, {near} from the nearest shapes"
 
 
 @dataclass(frozen=True)
@@ -177,6 +179,12 @@ class Advice:
     def gain(self) -> float:
         """Predicted step time by the defaults over that with all exact changes."""
         return self.step_s / (self.step_s - self.together_s) if self.step_s else 1.0
+
+    @property
+    def noisy_share(self) -> float:
+        """Of the rows that the changes which pay rest on."""
+        rows = {row.key: row for c in self.changes if c.pays for e in c.effects for row in e.evidence}
+        return sum(row.noisy for row in rows.values()) / len(rows) if rows else 0.0
 
     @property
     def near(self) -> int:
@@ -297,16 +305,16 @@ def _together(changes: Iterable[AdvisedChange]) -> tuple[AdvisedChange, ...]:
 # ---- for the terminal
 
 
-def format_advice(advice: Advice, recipe: str = "RECIPE") -> str:
-    """The advice as text of at most 100 columns, ordered by gain; says what is not known."""
+def format_advice(advice: Advice, recipe: str = "RECIPE", columns: int = 80) -> str:
+    """The advice as text of at most `columns` (72 to 100), ordered by gain; says what is not known."""
+    width = max(TABLE, min(columns, WIDEST))
     if not advice.step_s:
-        return (
-            f"nothing is known of {advice.workload} on {advice.machine}: probe --for {recipe} measures its operations"
-        )
+        text = f"nothing is known of {advice.workload} on {advice.machine}: probe --for {recipe} measures it"
+        return "\n".join(_folded(printable(text), width))
     lines = [
-        f"{advice.workload} in {advice.dtype}, {advice.threads} thread{'s' if advice.threads != 1 else ''}: a step's "
-        f"operations take {human_seconds(advice.step_s)} by PyTorch's defaults",
-        _known(advice, recipe), "",
+        f"{advice.workload} in {advice.dtype} on {advice.machine}, {advice.threads} thread"
+        f"{'s' * (advice.threads != 1)}: a step's operations take {human_seconds(advice.step_s)} by PyTorch's defaults",
+        *_known(advice, recipe), "",
     ]  # fmt: skip
     exact = [c for c in advice.changes if c.exact and c.pays]
     lines += _table("same results", exact) if exact else ["same results: nothing to gain beyond the noise of the rows"]
@@ -317,42 +325,41 @@ def format_advice(advice: Advice, recipe: str = "RECIPE") -> str:
                   f"({low:.1%} to {high:.1%}), {advice.gain:.2f} times as fast"]  # fmt: skip
     if other := [c for c in advice.changes if not c.exact and c.pays]:
         lines += ["", *_table("other precision: results change", other)]
+    if advice.noisy_share > 0:
+        share = f"{advice.noisy_share:.0%}"
+        lines += ["", f"{share} of the rows behind these gains are noisy: probe again when the machine has less to do"]
     if advice.untouched:
         lines += ["", f"left as it is, by the model's own kernel: {', '.join(advice.untouched)}"]
     if rest := [c for c in advice.changes if not c.pays]:
         lines += ["", "no gain over the step: " + ", ".join(f"{c.change.name} ({c.share:+.1%})" for c in rest)]
-    return "\n".join(part for line in "\n".join(lines).splitlines() for part in _folded(line))
+    return "\n".join(part for line in lines for part in _folded(printable(line), width))
 
 
-def _known(advice: Advice, recipe: str) -> str:
+def _known(advice: Advice, recipe: str) -> Iterator[str]:
     measured = len(advice.choices) - advice.near - len(advice.missing)
     text = f"{len(advice.choices)} different operations: {measured} measured"
     if advice.near:
         text += f", {advice.near} from the nearest measured shapes"
     if advice.missing:
         text += f", {len(advice.missing)} unknown"
-    return text + (f"\nprobe --for {recipe} measures them" if advice.near or advice.missing else "")
+    yield text
+    if advice.near or advice.missing:
+        yield f"probe --for {recipe} measures them"
 
 
 def _table(title: str, changes: Iterable[AdvisedChange]) -> list[str]:
-    lines = [f"{title:<29}{'saves':>9}  {'of the step':<24}{'ops +/-':<9}{'error':<7}rests on", "-" * WIDTH]
+    lines = [f"{title:<31}{'saves':>9}  {'of the step':<25}error", "-" * TABLE]
     for c in changes:
         low, high = (s / c.step_s for s in c.band_s)
         band = f"{c.share:.1%} ({low:.1%} to {high:.1%})"
         error = f"{c.error:.0e}" if c.error is not None else ""
-        touched = f"{c.helped}/{c.hurt}"
-        lines.append(
-            f"{c.change.name[:28]:<29}{human_seconds(c.saved_s):>9}  {band:<24}{touched:<9}{error:<7}{c.basis}"
-        )
+        lines.append(f"{c.change.name[:30]:<31}{human_seconds(c.saved_s):>9}  {band:<25}{error}".rstrip())
         lines.append(f"    {c.change.how}")
+        hurt = f", {c.hurt} slower" if c.hurt else ""
+        lines.append(f"    {c.helped} operation{'s' * (c.helped != 1)} faster{hurt}; {c.basis}")
     return lines
 
 
-def _folded(line: str) -> list[str]:
-    """The line broken at spaces so that it fits."""
-    parts = []
-    while len(line) > WIDTH:
-        cut = line.rfind(" ", 0, WIDTH)
-        parts.append(line[:cut])
-        line = "    " + line[cut + 1 :]
-    return [*parts, line]
+def _folded(line: str, width: int) -> list[str]:
+    """The line broken at spaces so that it fits; figures stay in their columns."""
+    return textwrap.wrap(line, width, subsequent_indent="    ", break_on_hyphens=False) if len(line) > width else [line]

@@ -50,7 +50,7 @@ TELLING_S = 2e-3  # a call of this length shows the rate that larger ones will h
 OVERHEAD_S = 0.05  # of a row: drawing its inputs, its error
 THREADED = (Gemm, BatchedGemm, Conv1d, Conv2d, Rnn, Attention, OptimizerStep, MemoryCopy, MemoryTriad)
 AT_ONCE = ("default", "mkldnn.matmul.fp32_precision=bf16")
-"""Routes that are measured in an operation's own tier; the others in the next."""
+"""Routes that are measured in an operation's own tier, as models' own kernels are; the others in the next."""
 DEEPBENCH_TIERS = (1e9, 2e10)  # FLOPs up to which its shapes are of tier 0 and 1
 
 
@@ -92,7 +92,8 @@ def _of_suite(suite: Iterable[tuple[Op, int]], request: Request) -> list[Trial]:
     found = []
     for place, op, tier in _in_turns(suite):
         for route in routes.routes(op, request.device):
-            late = min(2, tier + (route.name not in AT_ONCE) + (route.first_s > 0))
+            later = route.comparable and route.name not in AT_ONCE
+            late = min(2, tier + later + (route.first_s > 0))
             found.append((late, place, Trial(op, route.name, first, request.device, late)))
         if isinstance(op, THREADED):
             late = min(2, tier + 1)
@@ -173,7 +174,7 @@ class _Bench:
         needed_s = max(self.request.row_s, CALLS * call_s * self.slowdown) + OVERHEAD_S + route.first_s
         if time.monotonic() + needed_s > until:
             return None
-        error = routes.error(op, route, device) if kind == "compute" else None
+        error = routes.error(op, route, device) if kind == "compute" and route.comparable else None
         inputs = self._inputs(op, device)
         clock = conditions.clock(device, trial.threads)
         with route.setting():

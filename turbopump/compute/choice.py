@@ -24,7 +24,8 @@ DEFAULT = "default"
 MAX_ERROR: Mapping[str, float] = {
     "fp64": 1e-12, "fp32": 3e-6, "tf32": 2e-3, "bf16": 2e-2, "fp16": 3e-3, "fp8": 2e-2, "int8": 0.0,
 }  # fmt: skip
-"""Largest relative error of a route that counts as its dtype's; where the default's own is larger, that counts."""
+"""Largest relative error with which a route is exact for its dtype (inputs are already rounded to it); where the
+default's own is larger, that counts."""
 REPEATS = 0.02
 NEIGHBOURS = 3
 FARTHEST = 4.0  # in powers of two, over all sizes: sixteen times in one of them
@@ -95,7 +96,7 @@ def estimates(
     rows = [r for r in profile.find(op) if r.threads == threads and r.device == device and r.works]
     default = next((r for r in rows if r.route == DEFAULT), None)
     if default is not None:
-        return {row.route: _measured(default, row, max_error) for row in rows}
+        return {row.route: compared(default, row, max_error) for row in rows}
     return {} if rows else _nearest(profile, op, threads, device, max_error)
 
 
@@ -109,7 +110,7 @@ def _choose(op: Op, found: Mapping[str, Estimate]) -> Choice:
         return Choice(op.key, best.route, best.seconds, best.default_seconds, best.gain, basis, best.evidence,
                       best.error, best.noise, reason)  # fmt: skip
     if best is None:
-        inexact = [e.route for e in found.values() if not e.exact and e.route != DEFAULT and e.gain > 1]
+        inexact = [e.route for e in found.values() if not e.exact and e.error is not None and e.gain > 1]
         reason = f"faster, but not exact: {', '.join(inexact)}" if inexact else "no other route was measured"
         noise = 0.0
     else:
@@ -150,7 +151,8 @@ def noise_of(row: Measurement) -> float:
     return math.hypot(REPEATS, 1.96 * 1.2533 * sigma / math.sqrt(max(1, row.runs)))
 
 
-def _measured(default: Measurement, row: Measurement, max_error: float | None) -> Estimate:
+def compared(default: Measurement, row: Measurement, max_error: float | None = None) -> Estimate:
+    """What a route's row says beside that of the default, of one operation and number of threads."""
     same = row is default
     noise = 0.0 if same else noise_of(default) + noise_of(row)
     evidence = (default,) if same else (default, row)

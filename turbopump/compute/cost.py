@@ -137,6 +137,11 @@ class ComputeCost:
                 self._known[op, route] = min(predictions, key=lambda prediction: prediction.seconds)
         return [self._known[op, route] for op in ops]
 
+    def routes(self, op: Op) -> tuple[str, ...]:
+        """The routes that were measured for operations of this kind and dtype."""
+        asked = type(op).__name__, str(getattr(op, "dtype", ""))
+        return tuple(name for kind, dtype, name in self._groups if (kind, dtype) == asked)
+
     def by_route(self, op: Op) -> list[Prediction]:
         """A prediction for every route that was measured for this kind and dtype, the fastest first."""
         routes = self._routes(type(op).__name__, str(getattr(op, "dtype", "")), BEST)
@@ -165,8 +170,8 @@ class ComputeCost:
         """Predictions of operations of one kind and dtype."""
         place = Place(self._device, self._threads, route)
         cases = [Case.of(op, place) for op in ops]
-        model = self._model(cases[0].kind, cases[0].dtype, route)
         found: list[Prediction | None] = [self._measured(op, route) for op in ops]
+        model = None if all(found) else self._model(cases[0].kind, cases[0].dtype, route)
         asked = [i for i, case in enumerate(cases) if not found[i] and model and model.interpolates(case)]
         if asked and model:
             for i, guess in zip(asked, model([cases[i] for i in asked])):

@@ -11,16 +11,17 @@ their inputs ask for no gradients, so autograd's own bookkeeping is not in their
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from turbopump.compute import kernels_dense, kernels_moving
-from turbopump.compute.operands import Values
+from turbopump.compute.operands import Kernel, Values
 from turbopump.compute.ops import OPS
 from turbopump.core.errors import UsageError
 from turbopump.core.workload import Op
@@ -46,6 +47,9 @@ class Route:
     library: str = ""
     first_s: float = 0.0
     """About what the first use of an operation costs beyond its calls, e.g. the seconds of a compiler."""
+    comparable: bool = True
+    """False where its results are no other way to the default's: a model's own kernel, which does a part of its
+    neighbours' work too. It is timed, never compared nor advised."""
 
     def ready(self, op: Op, inputs: tuple[Tensor, ...]) -> Callable[[], Outputs]:
         """A call without arguments that computes `op`: what is timed. To be made and called within `setting`."""
@@ -62,16 +66,16 @@ def inputs(op: Op, device: str, generator: torch.Generator) -> tuple[Tensor, ...
     return KERNELS[type(op)].inputs(op, Values(device, generator))
 
 
-def function(op: Op) -> Function:
+def function(op: Op, kernels: Mapping[type[Op], Kernel] = KERNELS) -> Function:
     """PyTorch's default route: a function of the inputs, or for a backward of what `prepare` makes of them."""
-    return _gradients if getattr(op, "backward", False) else KERNELS[type(op)].forward(op)
+    return _gradients if getattr(op, "backward", False) else kernels[type(op)].forward(op)
 
 
-def prepare(op: Op, given: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+def prepare(op: Op, given: tuple[Tensor, ...], kernels: Mapping[type[Op], Kernel] = KERNELS) -> tuple[Tensor, ...]:
     """For a backward the forward's output, its gradient, and the leaves whose gradients are wanted; else `given`."""
     if not getattr(op, "backward", False):
         return given
-    kernel = KERNELS[type(op)]
+    kernel = kernels[type(op)]
     *forward_inputs, grad = given
     wanted = kernel.wanted(op)
     leaves = [x.detach().requires_grad_() if i in wanted else x for i, x in enumerate(forward_inputs)]
@@ -79,6 +83,24 @@ def prepare(op: Op, given: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         output = kernel.forward(op)(*leaves)
     first = output if isinstance(output, Tensor) else output[0]
     return (first, grad, *(leaves[i] for i in wanted))
+
+
+def route_of_model(
+    name: str, own: Mapping[type[Op], tuple[Kernel, Callable[[Any], bool]]], devices: tuple[str, ...] = ("cpu",)
+) -> Route:
+    """The route called as a model, by the kernels that the model has in place of PyTorch's functions.
+
+    `own` has, by class of operation, the kernel (its `inputs` are not asked for: all routes share the default's) and
+    for which operations it stands.
+    """
+    kernels = {kind: kernel for kind, (kernel, _) in own.items()}
+
+    def problem(op: Op, device: str) -> str:
+        stands = type(op) in own and own[type(op)][1](op) and torch.device(device).type in devices
+        return "" if stands else f"the model {name} has no kernel of its own for it"
+
+    return Route(name, partial(function, kernels=kernels), problem, partial(prepare, kernels=kernels),
+                 comparable=False)  # fmt: skip
 
 
 def _gradients(output: Tensor, grad: Tensor, *leaves: Tensor) -> tuple[Tensor, ...]:

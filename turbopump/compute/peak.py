@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from turbopump.compute import conditions, kernels, routes
+from turbopump.compute.choice import MAX_ERROR
 from turbopump.compute.kernels import Route
 from turbopump.compute.ops import Gemm
 from turbopump.core.errors import UsageError
@@ -114,8 +115,8 @@ def _exactness(op: Gemm, route: Route, device: str) -> tuple[float, str]:
         error = routes.error(op, route, device)
     except (RuntimeError, NotImplementedError) as failure:
         return float("nan"), f"does not run: {str(failure).splitlines()[0]}"
-    if not error <= routes.MAX_ERROR[op.dtype]:
-        allowed = routes.MAX_ERROR[op.dtype]
+    allowed = MAX_ERROR[op.dtype]
+    if not error <= allowed:
         return error, f"not exact {op.dtype}: relative error {error:.1e}, allowed {allowed:.0e}"
     return error, ""
 

@@ -1,18 +1,18 @@
 """Every way this build of PyTorch offers to compute an operation, and how exact each is.
 
-`routes(op, device)` begins with `default`, what PyTorch does untouched (with fp32 meant as fp32). The others are
-those of `switches.py`, and the algorithms that the modules in `PLUGGED` bring. A route is not
-trusted because of its name: `error` compares it with fp64 on the same inputs. oneDNN's `fp32_precision = "bf16"` is
-exact fp32 on CPUs without AMX (1.1 times as fast as MKL on AMD EPYC of Zen 4, 2.2 times on Zen 5), and true bf16 on
-those with it.
+`routes(op, device)` begins with `default`, what PyTorch does untouched (with fp32 meant as fp32). The others are those
+of `switches.py`, the algorithms that the modules in `PLUGGED` bring, and what models compute by kernels of their own
+(`ROUTES` of a model's torch side; predictions of its steps rest on them). A route is not trusted because of its name:
+`error` compares it with fp64 on the same inputs. oneDNN's `fp32_precision = "bf16"` is exact fp32 on CPUs without AMX
+(1.08 to 1.17 times as fast as MKL on AMD EPYC, Zen 4), and true bf16 on those with it.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import fields, replace
-from functools import partial
+from functools import cache, partial
 
 import torch
 from torch import Tensor
@@ -20,10 +20,9 @@ from torch import Tensor
 from turbopump.compute import compiled, convolutions, kernels, switches, transforms
 from turbopump.compute.kernels import Route
 from turbopump.compute.ops import Attention, Conv1d, Conv2d
+from turbopump.core import plugins
+from turbopump.core.errors import UsageError
 from turbopump.core.workload import Op
-
-MAX_ERROR = {"fp64": 1e-12, "fp32": 3e-6, "tf32": 2e-3, "bf16": 2e-2, "fp16": 3e-3, "fp8": 2e-2, "int8": 0.0}
-"""Largest relative error with which a route counts as exact for its dtype (inputs are already rounded to it)."""
 
 PLUGGED: tuple[Route, ...] = (*convolutions.ROUTES, *transforms.ROUTES, *compiled.ROUTES)
 """Algorithms of our own and compilers: each module's `ROUTES`."""
@@ -31,7 +30,17 @@ PLUGGED: tuple[Route, ...] = (*convolutions.ROUTES, *transforms.ROUTES, *compile
 
 def routes(op: Op, device: str) -> list[Route]:
     """The routes that exist for `op` on `device` ("cpu", "cuda"), `default` first."""
-    return built_in(op, device) + _existing(PLUGGED, op, device)
+    return built_in(op, device) + _existing(PLUGGED, op, device) + _existing(_of_models(), op, device)
+
+
+@cache
+def _of_models() -> tuple[Route, ...]:
+    """What the installed models compute by kernels of their own; the route has the model's name."""
+    found: list[Route] = []
+    for name in plugins.names("turbopump.models"):
+        with suppress(UsageError, ImportError):  # a foreign model that does not load is said where it is asked for
+            found += getattr(plugins.find("turbopump.models", name).torch_side(), "ROUTES", ())
+    return tuple(found)
 
 
 def built_in(op: Op, device: str) -> list[Route]:

@@ -49,6 +49,10 @@ class CatalogError(UsageError):
     """A file of devices, links or efficiency curves does not hold, or what was asked for is in none."""
 
 
+class PlanError(UsageError):
+    """There is no plan: sizes that do not divide, a model that fits nowhere, a plan that cannot be followed here."""
+
+
 class ProfileError(UsageError):
     """A machine file is missing, damaged, of another schema or of another machine."""
 

@@ -32,6 +32,11 @@ class RunDir:
         return self.path / "choices.toml"
 
     @property
+    def prediction(self) -> Path:
+        """What `train` expected of the run before its first step, where it knew the machine."""
+        return self.path / "prediction.json"
+
+    @property
     def env(self) -> Path:
         return self.path / "env.json"
 

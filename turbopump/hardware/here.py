@@ -31,11 +31,14 @@ class Here:
 
 
 def here(device: str) -> Here:
-    """This machine, where `device` ("cpu", "cuda") computes."""
+    """This machine, where `device` ("cpu", "cuda") computes; that it exists is for the caller to know.
+
+    A GPU that PyTorch uses and no driver's tool names (in some containers) is here without a name and a peak.
+    """
     installed = gpus.installed()
     devices = {"cpu": processor_spec()}
-    if device == "cuda" and installed:
-        devices = {"cuda": gpus.spec_of(installed[0]), **devices}
+    if device == "cuda":
+        devices = {"cuda": gpus.spec_of(installed[0] if installed else gpus.Gpu("unnamed GPU")), **devices}
     busy = detect.contention()
     return Here(
         name=devices["cuda"].name if "cuda" in devices else detect.cpu_name(),

@@ -13,6 +13,7 @@ from contextlib import closing
 from dataclasses import dataclass, replace
 from typing import Protocol
 
+from turbopump.core.errors import TurbopumpError
 from turbopump.hardware import budget
 from turbopump.hardware.journal import Journal, less_noisy
 from turbopump.hardware.profile import Measurement, Request, Trial
@@ -186,5 +187,8 @@ def _distinct(trials: list[Trial]) -> list[Trial]:
 
 
 def _one_line(error: Exception) -> str:
+    """Of an error that is meant for users its text; of any other its type too."""
     lines = str(error).strip().splitlines()
+    if lines and isinstance(error, TurbopumpError):
+        return lines[0]
     return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__

@@ -175,6 +175,26 @@ class Curve:
 
 
 @dataclass(frozen=True)
+class RunCalibration:
+    """What real runs on this machine have taught the planner (`turbopump plan --calibrate RUN...`)."""
+
+    values: Mapping[str, float]
+    """Structural numbers of the planner, by name."""
+    bands: Mapping[str, float]
+    """Half-width of each one's 80 % band, in the logarithm."""
+    digest: str
+    """Of the runs' records that were read."""
+    runs: tuple[str, ...]
+    """Their names."""
+    num_steps: int
+    date: str
+    error_before: float
+    """Mean relative error of the predicted steps by the numbers that ship."""
+    error: float
+    """The same by these numbers; of each run by those that the others taught, where there are several."""
+
+
+@dataclass(frozen=True)
 class MachineProfile:
     """All that is known of a machine's speed. `rows` are measured; a datasheet profile has `curves` instead."""
 
@@ -200,6 +220,7 @@ class MachineProfile:
     """What is less certain than it could be, and why (page cache not dropped, clocks not locked)."""
     request: Mapping[str, Any] = field(default_factory=dict)
     """What `probe` was asked: budget, suites, domains, threads."""
+    calibration: RunCalibration | None = None
 
     def of_kind(self, kind: str, dtype: str | None = None, *, works: bool = True) -> Iterator[Measurement]:
         """Rows of one operation class, e.g. `Gemm`."""
@@ -213,9 +234,9 @@ class MachineProfile:
         return [row for row in self.rows if row.op_key == key]
 
 
-def save(profile: MachineProfile, path: Path) -> None:
+def save(profile: MachineProfile, path: Path | str) -> None:
     """Write machine.json in one piece; raises `RunDirectoryError` where the disk does not take it."""
-    write_atomic(path, to_json(profile, indent=True))
+    write_atomic(Path(path), to_json(profile, indent=True))
 
 
 def load(path: Path | str) -> MachineProfile:
@@ -241,7 +262,7 @@ def load(path: Path | str) -> MachineProfile:
     try:
         profile: MachineProfile = from_json_as(data, MachineProfile)
     except ValueError as error:
-        raise ProfileError(f"{path} is not a valid machine file: {error}") from error
+        raise ProfileError(f"{path} is not a valid machine file ({error}): probe the machine again") from error
     return profile
 
 

@@ -16,6 +16,7 @@ import numpy as np
 
 from turbopump.core.spans import RunBreakdown, StepBreakdown
 from turbopump.reporting.load import RUN_FIELDS, STEP_FIELDS, RankSpans, RunData, measured
+from turbopump.reporting.predicted import Predicted, beside
 
 SCHEMA_VERSION = 1
 WARMUP_STEPS = 3
@@ -134,6 +135,7 @@ class Summary:
     env: dict[str, Any]
     evaluated: dict[str, Any]
     notes: tuple[str, ...]
+    predicted: Predicted | None = None
 
 
 def summarize(run: RunData) -> Summary:
@@ -171,6 +173,12 @@ def summarize(run: RunData) -> Summary:
         env=run.env,
         evaluated=run.evaluated,
         notes=run.notes,
+        predicted=beside(
+            run.prediction,
+            steps.mean if steps is not None else None,
+            main.breakdown if main is not None else None,
+            finished=_status(run, main) == "finished",
+        ),
     )
 
 

@@ -169,7 +169,7 @@ def waterfall_figure(summary: Summary) -> Figure | None:
     trace: Trace = {
         "type": "bar",
         "orientation": "h",
-        "y": [_wrapped(n) for n in names],
+        "y": [wrapped(n) for n in names],
         "x": [float(f"{w:.5g}") for w in widths],
         "base": [float(f"{b:.5g}") for b in base],
         "marker": {"color": colours},
@@ -178,7 +178,7 @@ def waterfall_figure(summary: Summary) -> Figure | None:
         "customdata": texts,
         "hovertemplate": "%{customdata}<extra></extra>",
     }
-    notes = [_bar_text(n, b, w, t, 1e3 * total_s) for n, b, w, t in zip(names[:-1], base, widths, texts)]
+    notes = [bar_text(n, b, w, t, 1e3 * total_s) for n, b, w, t in zip(names[:-1], base, widths, texts)]
     notes.append({"x": 0.5e3 * total_s, "y": names[-1], "text": texts[-1], "showarrow": False,
                   "font": {"size": 12, "color": "--on-measured"}})  # fmt: skip
     return Figure(
@@ -196,15 +196,16 @@ def waterfall_figure(summary: Summary) -> Figure | None:
     )  # fmt: skip
 
 
-def _bar_text(name: str, base: float, width: float, text: str, total: float) -> dict[str, Any]:
-    """The figures of a bar of the waterfall: to its right, to its left, or inside, wherever there is room."""
-    note = {"y": _wrapped(name), "text": text, "showarrow": False, "font": {"size": 12, "color": "--ink"}}
+def bar_text(name: str, base: float, width: float, text: str, total: float, on: str = "") -> dict[str, Any]:
+    """The figures of a bar of the waterfall: to its right, to its left, or inside, wherever there is room; `on` is the
+    colour of text on it."""
+    note = {"y": wrapped(name), "text": text, "showarrow": False, "font": {"size": 12, "color": "--ink"}}
     left, right = min(base, base + width), max(base, base + width)
     if right < 0.55 * total:
         return note | {"x": right, "xanchor": "left", "xshift": 6}
     if left > 0.45 * total:
         return note | {"x": left, "xanchor": "right", "xshift": -6}
-    return note | {"x": (left + right) / 2, "font": {"size": 12, "color": f"--on-{_css(name)}"}}
+    return note | {"x": (left + right) / 2, "font": {"size": 12, "color": on or f"--on-{_css(name)}"}}
 
 
 def _css(words: str) -> str:
@@ -212,7 +213,7 @@ def _css(words: str) -> str:
     return next((kind.replace("_", "-") for kind, named in KIND_NAMES.items() if named == words), "measured")
 
 
-def _wrapped(name: str) -> str:
+def wrapped(name: str) -> str:
     """Two lines for long names: a phone has no room for them beside the bars."""
     if len(name) < 16:
         return name

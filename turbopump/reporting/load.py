@@ -105,6 +105,8 @@ class RunData:
     checkpoint_bytes: dict[int, int]
     samples: tuple[dict[str, Any], ...]
     notes: tuple[str, ...] = field(default=())
+    prediction: dict[str, Any] = field(default_factory=dict)
+    """What was expected of it before its first step."""
 
 
 def load_run(path: Path) -> RunData:
@@ -120,6 +122,7 @@ def load_run(path: Path) -> RunData:
         choices=_toml(run.choices, notes, needed=False),
         env=_json_object(run.env, notes),
         evaluated=_json_object(run.evaluation, []),
+        prediction=_json_object(run.prediction, []),
         metrics=_read_metrics(run.metrics, notes),
         ranks=_read_ranks(run, notes),
         checkpoint_bytes=_checkpoints_on_disk(run.checkpoints),

@@ -16,6 +16,7 @@ from turbopump.reporting.figures import run_figures
 from turbopump.reporting.html import Html, join, prose, tag
 from turbopump.reporting.load import RUN_FIELDS, STEP_FIELDS, RunData, measured
 from turbopump.reporting.plots import Figure, Table
+from turbopump.reporting.predicted_page import predicted_card
 from turbopump.reporting.words import KIND_NAMES, NOT_MEASURED, headline, memory_text, percent
 
 _SHOWN_SAMPLES = 6
@@ -36,6 +37,7 @@ def run_page(run: RunData, summary: Summary) -> bytes:
             wall_time(summary),
             plots(figures, "waterfall", "kinds", "distribution", "throughput", "share", "memory"),
             step_table(summary),
+            predicted_card(summary.predicted),
             id_="time",
         ),
     ]

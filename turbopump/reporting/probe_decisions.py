@@ -37,7 +37,9 @@ def trust(profile: MachineProfile) -> list[Html]:
     parts = [_meters(profile, rows)] if rows else []
     failed = sum(not r.works for r in profile.rows)
     if failed:
-        parts.append(tag("p", f"{failed} trials do not run here or are not exact; the table says why.", class_="muted"))
+        parts.append(
+            tag("p", f"{failed} trials could not be measured or are not exact; the table says why.", class_="muted")
+        )
     for title, lines in (("Less certain than it could be", profile.uncertain), ("Left out", profile.left_out)):
         if lines:
             shown = tag("ul", *(tag("li", prose(text)) for text in lines[:_FIRST]), class_="plain")
@@ -54,7 +56,7 @@ def _meters(profile: MachineProfile, rows: Sequence[Measurement]) -> Html:
     facts = (
         (noisy, f"of {len(rows):,} rows are noisy"),
         (spread, "spread of the median row (fastest to 90th percentile)"),
-        (waited, "of the time the core was taken by others"),
+        (waited, "of the median row's time its core was taken by others"),
     )
     return tag("ul", *(
         tag("li", tag("div", tag("b", prose(percent(share))), Html(" "), name),
@@ -71,7 +73,7 @@ def changes(found: Sequence[Gain]) -> Html:
             groups[gain_group(gain.best), gain.best.route].append(gain)
     ordered = sorted(groups.items(), key=lambda item: -float(np.log([g.ratio for g in item[1]]).sum()))
     if not ordered:
-        text = "The default route is the fastest of every operation measured by several." if found else (
+        text = "No route is faster than the default by more than the noise of the rows." if found else (
             "No operation was measured by two routes, so there is nothing to compare."
         )  # fmt: skip
         return tag("p", text)

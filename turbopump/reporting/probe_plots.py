@@ -308,7 +308,8 @@ def routes_figure(found: list[Gain]) -> Figure | None:
         table=gains_table(found),
         legend=True,
         wide=True,
-        note="A dot is one operation; the colour is the route that wins. Only routes whose result is exact compete."
+        note="A dot is one operation; the colour is the route that wins: exact, and faster by more than the noise. "
+        "Noisy rows do not compete."
         + (f" {len(picked):,} of {len(found):,} operations are drawn." if len(picked) < len(found) else ""),
     )  # fmt: skip
 

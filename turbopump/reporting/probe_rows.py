@@ -13,10 +13,11 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import NamedTuple
 
+from turbopump.compute.choice import DEFAULT, compared
 from turbopump.core.units import human, human_bytes
+from turbopump.hardware.measured import IN_MEMORY_BYTES
 from turbopump.hardware.profile import MachineProfile, Measurement
 
-DEFAULT = "default"
 PRODUCTS = ("Gemm", "BatchedGemm")
 NOMINAL = ("fft", "winograd", "strassen")
 """Kinds and routes (in lower case, a part of the name) that do fewer FLOPs than are counted: no limit for others."""
@@ -169,17 +170,21 @@ def of_best_route(rows: Iterable[Measurement]) -> list[Measurement]:
 
 
 def gains(profile: MachineProfile) -> list[Gain]:
-    """Of each operation measured by the default route and by another, the fastest against the default; largest
-    first. One whose default is the fastest has a gain of 1."""
+    """Of each operation measured by the default route and by another, the fastest against the default; largest first.
+
+    By the rule of `compute.choice`: exact, and faster by more than the noise of both rows; else the gain is 1. Noisy
+    rows prove nothing here: a slow default on a busy machine would make any other route look 30 times as fast.
+    """
     groups: dict[tuple[str, Setting], list[Measurement]] = defaultdict(list)
     for row in profile.rows:
-        if row.domain == "compute" and usable(row):
+        if row.domain == "compute" and usable(row) and not row.noisy:
             groups[row.op_key, setting_of(row)].append(row)
     found = []
     for rows in groups.values():
         default = next((r for r in rows if r.route == DEFAULT), None)
         if default is not None and len(rows) > 1:
-            found.append(Gain(default, min(rows, key=lambda r: (r.seconds, r.route != DEFAULT))))
+            better = (r for r in rows if (e := compared(default, r)).exact and e.gain > 1 + e.noise)
+            found.append(Gain(default, min(better, key=lambda r: r.seconds, default=default)))
     return sorted(found, key=lambda g: -g.ratio)
 
 
@@ -206,16 +211,14 @@ def copy_rates(profile: MachineProfile, setting: Setting) -> list[tuple[float, f
 
 
 def memory_roofs(profile: MachineProfile, setting: Setting) -> tuple[float | None, float | None]:
-    """Bytes a second of the memory (the largest working set measured, else the datasheet's) and of the caches (the
-    best of all); None where it is not known."""
+    """Bytes a second of the memory (the best beyond the caches; the data sheet's where no copy was measured) and of
+    the caches (the best of all, where it is another); None where it is not known."""
     rates = copy_rates(profile, setting)
-    if rates:
-        # the largest alone may be a noisy row
-        memory = max(rate for size, rate in rates if size >= rates[-1][0] / 4)
-        fastest = max(rate for _, rate in rates)
-        return memory, fastest if fastest > 1.3 * memory else None
-    known = [d.memory_bytes_per_s for d in profile.devices if d.memory_bytes_per_s]
-    return (known[0] if known else None), None
+    if not rates:
+        return next((d.memory_bytes_per_s for d in profile.devices if d.memory_bytes_per_s), None), None
+    memory = max((rate for size, rate in rates if size >= IN_MEMORY_BYTES), default=None)
+    fastest = max(rate for _, rate in rates)
+    return memory, fastest if fastest > 1.3 * (memory or 0.0) else None
 
 
 def number(values: Mapping[str, object], *names: str) -> float | None:

@@ -27,6 +27,8 @@ WIDEST = 100
 INDENT = 13
 MOST_LINES = 3  # of a list that can be long: what was left out, what is uncertain
 MOST_LINKS = 3
+TRANSFERS = {"SequentialRead": "read", "SequentialWrite": "write", "RandomRead": "random reads",
+             "CheckpointWrite": "checkpoint write", "CheckpointRead": "checkpoint read"}  # fmt: skip
 
 
 def summary(profile: MachineProfile, columns: int = 80) -> str:
@@ -99,9 +101,10 @@ def _memory(profile: MachineProfile) -> Iterable[str]:
         settings = list(dict.fromkeys(setting_of(row) for row in profile.rows if row.domain == "memory"))
     for setting in settings:
         memory, caches = memory_roofs(profile, setting)
-        if memory is not None:
-            cached = f", caches {human(caches, 'B/s')}" if caches else ""
-            yield f"{human(memory, 'B/s')}{cached}, {setting.words}"
+        rates = [human(memory, "B/s")] if memory else []
+        rates += [f"caches {human(caches, 'B/s')}"] if caches else []
+        if rates:
+            yield f"{', '.join(rates)}, {setting.words}"
 
 
 def _storage(spec: StorageSpec) -> str:
@@ -117,7 +120,7 @@ def _reads(profile: MachineProfile) -> Iterable[str]:
         if read and (row.kind not in best or row.bytes_per_s > best[row.kind].bytes_per_s):
             best[row.kind] = row
     if best:
-        yield ", ".join(f"{kind} {human(row.bytes_per_s, 'B/s')}" for kind, row in best.items())
+        yield ", ".join(f"{TRANSFERS.get(kind, kind)} {human(row.bytes_per_s, 'B/s')}" for kind, row in best.items())
 
 
 def _links(links: Sequence[LinkSpec]) -> Iterable[str]:
@@ -148,5 +151,5 @@ def _quality(profile: MachineProfile) -> Iterable[str]:
     noisy = sum(row.noisy for row in profile.rows)
     failed = sum(not row.works for row in profile.rows)
     spread, waited = profile.quality["spread"], profile.quality["waited"]
-    more = f", {failed} do not run here" if failed else ""
+    more = f", {failed} could not be measured" if failed else ""
     yield f"spread {spread:.1%}, waited {waited:.1%} (medians), {noisy} of {len(profile.rows)} rows noisy{more}"

@@ -10,12 +10,12 @@ from __future__ import annotations
 import csv
 import statistics
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from turbopump.compute import deepbench
-from turbopump.core.errors import DatasetError
+from turbopump.core.errors import UsageError
 from turbopump.core.units import human, human_seconds
 from turbopump.core.workload import Op
 from turbopump.hardware.profile import MachineProfile, Measurement
@@ -37,7 +37,7 @@ class Published:
 
 
 def read(directory: Path) -> list[Published]:
-    """All times of the tables there are; raises `DatasetError` where there are none, or not in this form."""
+    """All times of the tables there are; raises `UsageError` where there are none, or not in this form."""
     readers: dict[str, Callable[[Line, str], Iterator[tuple[Op, float]]]] = {
         "gemm": _gemm, "conv": _convolution, "rnn": _recurrent,
     }  # fmt: skip
@@ -52,10 +52,11 @@ def read(directory: Path) -> list[Published]:
                     for op, seconds in reader(line, DTYPES[line["precision"]]):
                         found.append(Published(f"{line['platform']} {line['precision']}", op, seconds))
         except (KeyError, ValueError, TypeError, UnicodeDecodeError) as error:
-            raise DatasetError(f"{path} is not in the form of docs/probe.md: {type(error).__name__} {error}") from error
+            raise UsageError(f"--published: {path} is not in the form of docs/probe.md: {type(error).__name__} "
+                             f"{error}") from error  # fmt: skip
     if not found:
-        raise DatasetError(f"no DeepBench tables in {directory}: deepbench_gemm.csv, deepbench_conv.csv and "
-                           "deepbench_rnn.csv are looked for, in the form of docs/probe.md")  # fmt: skip
+        raise UsageError(f"--published: no DeepBench tables in {directory}: give a directory with deepbench_gemm.csv, "
+                         "deepbench_conv.csv or deepbench_rnn.csv, in the form of docs/probe.md")  # fmt: skip
     return found
 
 
@@ -92,15 +93,15 @@ def _recurrent(line: Line, dtype: str) -> Iterator[tuple[Op, float]]:
 def beside(profile: MachineProfile, published: list[Published], columns: int = 100) -> str:
     """A line an operation, ours and theirs, and how much faster each platform is in the median, by kind."""
     ours = _best(profile)
-    matched: dict[str, dict[str, list[Published]]] = defaultdict(lambda: defaultdict(list))  # kind, operation
+    matched: dict[str, dict[str, list[Published]]] = defaultdict(lambda: defaultdict(list))  # kind and dtype, operation
     for time in published:
-        if time.op.key in ours:
-            matched[type(time.op).__name__][time.op.key].append(time)
+        if (row := ours.get(time.op.key)) is not None:
+            matched[f"{row.kind} {row.dtype}"][row.op_key].append(time)
     if not matched:
         return "none of the published operations was measured here: probe --suite deepbench measures them"
     lines = []
-    for kind, by_op in matched.items():
-        lines += [*_lines(kind, by_op, ours, columns), ""]
+    for group, by_op in sorted(matched.items()):
+        lines += [*_lines(group, by_op, ours, columns), ""]
     return "\n".join([*lines, *_medians(matched, ours)])
 
 
@@ -114,7 +115,7 @@ def _best(profile: MachineProfile) -> dict[str, Measurement]:
 
 
 def _lines(
-    kind: str, by_op: Mapping[str, list[Published]], ours: Mapping[str, Measurement], columns: int
+    group: str, by_op: Mapping[str, list[Published]], ours: Mapping[str, Measurement], columns: int
 ) -> Iterator[str]:
     """As many platforms as there is room for, those with most of the operations first."""
     counts: dict[str, int] = defaultdict(int)
@@ -122,12 +123,11 @@ def _lines(
         for platform in {time.platform for time in times}:
             counts[platform] += 1
     shown = sorted(counts, key=lambda name: (-counts[name], name))[: max(1, (columns - LABEL) // CELL - 1)]
-    yield f"{kind:<{LABEL}}{'ours':>{CELL}}" + "".join(f"{_short(name):>{CELL}}" for name in shown)
+    yield _line(group, ["ours", *map(_short, shown)])
     for key, times in by_op.items():
         row, by_platform = ours[key], {time.platform: time.seconds for time in times}
         cells = [human_seconds(by_platform[name]) if name in by_platform else "" for name in shown]
-        yield (f"{_cut(f'{op_words(row).removeprefix(kind).strip()} {row.dtype}')}{human_seconds(row.seconds):>{CELL}}"
-               + "".join(f"{cell:>{CELL}}" for cell in cells))  # fmt: skip
+        yield _line(op_words(row).removeprefix(row.kind).strip(), [human_seconds(row.seconds), *cells])
 
 
 def _short(platform: str) -> str:
@@ -139,17 +139,18 @@ def _clip(text: str, width: int) -> str:
     return text if len(text) <= width else text[: width - 1] + "\N{HORIZONTAL ELLIPSIS}"
 
 
-def _cut(text: str) -> str:
-    return f"{_clip(text, LABEL - 1):<{LABEL}}"
+def _line(name: str, cells: Iterable[str]) -> str:
+    return (f"{_clip(name, LABEL - 1):<{LABEL}}" + "".join(f"{cell:>{CELL}}" for cell in cells)).rstrip()
 
 
 def _medians(matched: Mapping[str, Mapping[str, list[Published]]], ours: Mapping[str, Measurement]) -> Iterator[str]:
-    yield f"{'times as fast as this machine, median':<{LABEL}}" + "".join(f"{kind:>{CELL}}" for kind in matched)
     ratios: dict[str, dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
-    for kind, by_op in matched.items():
+    for group, by_op in matched.items():
+        kind = group.split()[0]
         for key, times in by_op.items():
             for time in times:
                 ratios[time.platform][kind].append(ours[key].seconds / time.seconds)
+    kinds = sorted({kind for by_kind in ratios.values() for kind in by_kind})
+    yield _line("times as fast as this machine, median", kinds)
     for platform, by_kind in sorted(ratios.items()):
-        cells = [human(statistics.median(by_kind[kind])) if kind in by_kind else "" for kind in matched]
-        yield f"{_cut(platform)}" + "".join(f"{cell:>{CELL}}" for cell in cells)
+        yield _line(platform, (human(statistics.median(by_kind[kind])) if kind in by_kind else "" for kind in kinds))

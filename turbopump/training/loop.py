@@ -35,6 +35,8 @@ class Job:
     hooks: Sequence[Hook] = ()
     loggers: Sequence[Logger] = ()
     began_before_s: float = 0.0
+    plan: str = ""
+    """The text of the plan.toml that is followed."""
 
 
 @dataclass(frozen=True)
@@ -51,7 +53,7 @@ def run_training(job: Job) -> TrainResult:
     """Train as `job` says, on this rank, from its newest checkpoint where it has one."""
     config = job.config
     with Run(config, RunDir(job.path), quiet=job.quiet, hooks=job.hooks, loggers=job.loggers,
-             began_before_s=job.began_before_s) as run:  # fmt: skip
+             began_before_s=job.began_before_s, plan=job.plan) as run:  # fmt: skip
         task = resolve_task(config, job.live)
         state = build_state(config, task, run)
         restored_step = run.checkpoints.restore(state)

@@ -24,6 +24,7 @@ from turbopump.comms import process_group
 from turbopump.core import plugins
 from turbopump.core.config import Config
 from turbopump.core.errors import Interrupted, NonFiniteError, OutOfMemoryError
+from turbopump.core.files import write_atomic
 from turbopump.core.rundir import RunDir
 from turbopump.core.spans import Spans
 from turbopump.core.units import human_bytes
@@ -50,8 +51,9 @@ class Run:
         hooks: Sequence[Hook] = (),
         loggers: Sequence[Logger] = (),
         began_before_s: float = 0.0,
+        plan: str = "",
     ) -> None:
-        self.config, self.rundir = config, rundir
+        self.config, self.rundir, self._plan = config, rundir, plan
         self._quiet, self._hooks, self._extra_loggers = quiet, tuple(hooks), list(loggers)
         self._began_before_s = began_before_s
         self._signal = 0
@@ -68,6 +70,8 @@ class Run:
         self._lock: IO[str] | None = self.rundir.lock() if self.rank == 0 else None
         if self.rank == 0:
             write_config(self.config, self.rundir)
+            if self._plan:
+                write_atomic(self.rundir.plan, self._plan)
         identity: dict[str, Any] = attempt_identity(self.rundir) if self.rank == 0 else {}
         identity = process_group.broadcast_json(identity)
         self.run_id, self.attempt = identity["run_id"], identity["attempt"]

@@ -15,8 +15,10 @@ from torch import Tensor, nn
 
 from turbopump.core.errors import DatasetError
 from turbopump.models.convnet.config import ConvnetConfig
+from turbopump.models.convnet.kernels import ROUTES
 
 Batch = tuple[Tensor, Tensor]
+__all__ = ["ROUTES", "build", "loss", "metrics", "weight"]
 
 
 class ConvNorm(nn.Module):

@@ -10,6 +10,7 @@ Shapes: T frames, B batch, I inputs, H hidden, G gates (3 GRU, 4 LSTM); directio
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -30,13 +31,19 @@ class BidirectionalRnn(nn.Module):
         """[T, B, H] in `dtype` on CPU; what lies beyond a length is undefined."""
         if x_TBI.device.type == "cuda":
             return self.packed(x_TBI, lengths_B)
-        return _Bidirectional.apply(self.kind, dtype, _turned(lengths_B, len(x_TBI)), x_TBI, *self.cell._flat_weights)
+        weights: Any = self.cell._flat_weights
+        return bidirectional(self.kind, x_TBI, lengths_B, weights, dtype)
 
     def packed(self, x_TBI: Tensor, lengths_B: Tensor) -> Tensor:
         """The same by PyTorch's own layer."""
         packed = pack_padded_sequence(x_TBI, lengths_B.cpu(), enforce_sorted=False)
         y, _ = pad_packed_sequence(self.cell(packed)[0], total_length=len(x_TBI))
         return y.unflatten(-1, (2, -1)).sum(-2)
+
+
+def bidirectional(kind: str, x_TBI: Tensor, lengths_B: Tensor, weights: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
+    """The layer as a function of its weights, in the order of `nn.GRU` and `nn.LSTM`; [T, B, H] in `dtype`."""
+    return _Bidirectional.apply(kind, dtype, _turned(lengths_B, len(x_TBI)), x_TBI, *weights)
 
 
 def _turned(lengths_B: Tensor, frames: int) -> Tensor:

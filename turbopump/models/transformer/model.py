@@ -23,8 +23,10 @@ from torch.utils.checkpoint import checkpoint
 from turbopump.core.errors import DatasetError
 from turbopump.models.transformer.config import TransformerConfig
 from turbopump.models.transformer.fused import block_causal_attention, linear_cross_entropy, rms_norm, rotate
+from turbopump.models.transformer.kernels import ROUTES
 
 KeyValues = tuple[Tensor, Tensor]
+__all__ = ["ROUTES", "build", "generate", "loss", "metrics", "weight"]
 
 
 def compute_dtype(device: torch.device) -> torch.dtype:
