@@ -60,7 +60,8 @@ def _interpolation(family: str, quick: bool) -> Row:
     found = probe_interpolation.interpolation(family, seed=SHAPE_SEED, **size)  # type: ignore[arg-type]
     return TARGETS[f"probe.interp_{family}"].row(
         float(np.median(found.errors)), runs=len(found.errors), spread=_median_interval(found.errors),
-        peers={"roofline": float(np.median(found.roofline_errors)), "band holds": float(found.covered.mean())},
+        peers={"roofline": float(np.median(found.roofline_errors)), "band holds": float(found.covered.mean()),
+               "two measurements": found.apart},
     )  # fmt: skip
 
 
