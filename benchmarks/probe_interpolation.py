@@ -4,8 +4,8 @@
 usual sizes (powers of two and those of networks) and the other uneven ones, since kernels work in blocks of 8 and 16
 and a grid of usual sizes alone never sees the rest of one; and fresh shapes between its ends, drawn log-uniformly, none
 of them on the grid, which it has to predict. `folds` leaves each fifth of the grid out instead. A row is the least time
-of two measurements apart: beside other programs medians of CPU time differed by 5 to 10 %, least times by 1 to 3 % (AMD
-EPYC, Zen 4, 2 shared cores). Functions only.
+of several passes: beside other programs two medians of CPU time differed by 5 to 10 % and more, least times by 1 to 8 %
+(AMD EPYC, Zen 4, 2 shared cores). Functions only.
 """
 
 from __future__ import annotations
@@ -32,6 +32,8 @@ MOST_FLOPS = 2e9  # some 20 ms on one core of 2024
 LEAST_FLOPS = 1e5
 GRID = {"gemm": 150, "conv": 300, "rnn": 150}  # a convolution has nine sizes and three directions
 FRESH = 60
+PASSES = 4
+ROW_S = 0.03
 FOLDS = 5
 USUAL = (16, 24, 32, 48, 64, 80, 96, 100, 128, 160, 192, 256, 320, 384, 512, 640, 768, 1000, 1024, 1280, 1536, 1760,
          2048, 2560, 3072, 4096)  # fmt: skip
@@ -45,7 +47,7 @@ class Judged:
     roofline_errors: Array
     covered: Array
     apart: float
-    """Median difference of two measurements of the same row: no model can do much better."""
+    """Median difference of the two shortest times of a row: no model can do much better."""
 
     @property
     def median(self) -> float:
@@ -104,12 +106,10 @@ def grid_of(family: str, count: int | None = None, *, seed: int = 0) -> list[Op]
     return usual + ops(family, count - len(usual), usual=False, seed=seed + 500, never=usual)
 
 
-def measured(chosen: Sequence[Op], *, route: str = "default", row_s: float = 0.06) -> list[Measurement]:
-    """Rows of the operations with one thread, each the least time of two measurements apart: others only ever add."""
-    there = list(chosen)
-    first = {op: _timed(op, route, row_s) for op in there}
-    again = {op: _timed(op, route, row_s) for op in reversed(there)}
-    return [_least(first[op], again[op]) for op in there]
+def measured(chosen: Sequence[Op], *, route: str = "default", row_s: float = ROW_S) -> list[Measurement]:
+    """Rows of the operations with one thread, each the least time of `PASSES` apart: other programs only ever add."""
+    passes = [{op: _timed(op, route, row_s) for op in chosen} for _ in range(PASSES)]
+    return [_least([rows[op] for rows in passes]) for op in chosen]
 
 
 def _timed(op: Op, route: str, row_s: float) -> Measurement:
@@ -123,11 +123,14 @@ def _timed(op: Op, route: str, row_s: float) -> Measurement:
     return Measurement.of(Trial(op, route), "compute", timed)
 
 
-def _least(first: Measurement, again: Measurement) -> Measurement:
-    """`apart` says how far the two are from each other: no prediction can be expected to be nearer."""
-    low, high = sorted((first, again), key=lambda row: row.min_s or 0.0)
-    assert low.min_s and high.min_s
-    return replace(low, median_s=low.min_s, facts={"apart": high.min_s / low.min_s - 1.0})
+def _least(rows: Sequence[Measurement]) -> Measurement:
+    """`apart` says how far the two shortest are from each other: no prediction can be expected to be nearer."""
+    least, next_s = min(rows, key=_min_s), sorted(map(_min_s, rows))[1]
+    return replace(least, median_s=_min_s(least), facts={"apart": next_s / _min_s(least) - 1.0})
+
+
+def _min_s(row: Measurement) -> float:
+    return row.min_s or row.seconds
 
 
 def judged(known: Sequence[Measurement], asked: Sequence[Measurement]) -> Judged:
@@ -150,7 +153,7 @@ def _apart(rows: Sequence[Measurement]) -> float:
 
 
 def interpolation(
-    family: str, *, grid: int | None = None, fresh: int = FRESH, seed: int = 0, row_s: float = 0.06
+    family: str, *, grid: int | None = None, fresh: int = FRESH, seed: int = 0, row_s: float = ROW_S
 ) -> Judged:
     """Measures a grid and fresh shapes of a family (`gemm`, `conv`, `rnn`) and judges; about a minute."""
     on_grid = grid_of(family, grid, seed=seed)
