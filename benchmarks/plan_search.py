@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import time
 
-from turbopump.planner.calibration import Calibration
+from turbopump.planner.calibration import shipped
 from turbopump.planner.candidates import Space
 from turbopump.planner.cases import Case, DecoderShape
 from turbopump.planner.machine import from_catalog
@@ -20,14 +20,16 @@ from turbopump.planner.search import search
 GPT3 = DecoderShape(12288, 96, 96, 51200, 49152, gated=False, learned_positions=2048, biases=True, name="gpt3-175b")
 NUM_DEVICES = 1024
 CANDIDATES = 100_000
-HOLDS = {"dtype": ("bf16", "fp8"), "synchronisation": ("synchronous", "quantized", "local")}
-"""Choices that change the results are searched too where they are named: 2.9e5 candidates."""
+HOLDS = {
+    "dtype": ("bf16", "fp8"), "synchronisation": ("synchronous", "quantized", "local"), "cp": (1, 2, 4, 8),
+}  # fmt: skip
+"""Choices that change the results, and splits of short sequences, are searched too where they are named."""
 
 
 def search_s(runs: int = 3) -> tuple[float, int]:
     """Seconds for 1e5 candidates, the fastest of `runs`, and how many candidates there really were."""
     space = Space(Case(GPT3, 2048, 1536, 1), NUM_DEVICES, HOLDS)
-    machine, models = from_catalog("h100-sxm", NUM_DEVICES), decoder_models(Calibration.prior())
+    machine, models = from_catalog("h100-sxm", NUM_DEVICES), decoder_models(shipped())
     best_s, count = float("inf"), 0
     for _ in range(runs):
         begin = time.thread_time()

@@ -183,6 +183,48 @@ def test_a_live_model_follows_no_plan(place):
         train(nn.Linear(1, 1), [1.0], loss=lambda m, b: m(b).mean(), plan="plan.toml")
 
 
+# ---- what it learns from runs, and how good it is
+
+
+def test_runs_refine_the_machine_file(place, cli):
+    profile = build(domains=("compute", "memory", "host", "comms", "data"))
+    machine = {name: value for name, value in profile.machine.items() if name != "cpu"}
+    cpu = json.loads(Path("runs/lm/env.json").read_text())["cpu"]
+    machine_file.save(replace(profile, machine={**machine, "num_cores": 1, "cpu": cpu}), place / "machine.json")
+    assert cli("train", "lm.toml", "name=longer", "num_steps=20", "evaluation.at_start=false", "--quiet").code == 0
+    before = plan("lm.toml").found.best.step_s
+    said = cli("plan", "--calibrate", "runs/longer")
+    assert said.code == 0 and "1 runs" in said.out and said.out.rstrip().endswith("written to machine.json"), said.err
+    made = plan("lm.toml")
+    assert made.found.best.step_s != before and made.file.inputs.calibration == "1 runs"
+    assert made.file.inputs.calibration_digest == machine_file.load("machine.json").calibration.digest
+    assert json.loads(cli("plan", "--calibrate", "runs/longer", "--json").out)["runs"] == ["longer"]
+    short = cli("plan", "--calibrate", "runs/lm")
+    assert short.code == 2 and "a calibration needs" in short.err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        ([], "plan needs a recipe, a config.json or a workload.json"),
+        (["config.json", "--validate", "tables"], "give one of them"),
+        (["--validate", "tables", "--calibrate", "runs/a"], "give one of them"),
+        (["config.json", *CLUSTER, "--frozen"], "--frozen is for --validate"),
+        (["--validate", "absent"], "absent"),
+        (["--validate", "tables"], "tables"),
+        (["--validate", "unknown"], "iter_ms"),
+        (["--calibrate", "runs/absent"], "runs/absent is not a run directory"),
+    ],
+)
+def test_wrong_tables_and_runs_are_named(here, cli, arguments, expected):
+    (here / "tables").mkdir()
+    (here / "unknown").mkdir()
+    (here / "unknown" / "gpt_3d_parallel_runs.csv").write_text("set,gpus,colour\nx,1,red\n")
+    said = cli("plan", *arguments)
+    assert said.code == 2 and expected in said.err and not said.out, said
+    assert "Traceback" not in said.err
+
+
 # ---- what it refuses
 
 

@@ -5,12 +5,15 @@ from pathlib import Path
 import pytest
 
 from tests.synthetic_profile import build
+from turbopump.core.config import load
 from turbopump.core.errors import PlanError, ProfileError, UsageError
-from turbopump.hardware.accelerators import device
+from turbopump.hardware.accelerators import device, link
 from turbopump.hardware.datasheet import profile_from_datasheet
 from turbopump.hardware.profile import Measurement
 from turbopump.planner.candidates import read_holds
 from turbopump.planner.op_search import Option, Place, parts_of, predict_option, search_ops
+from turbopump.planner.own_run import run_of
+from turbopump.planner.own_step import StepModel
 from turbopump.planner.recipe_cases import read_subject
 
 RECIPES = Path(__file__).parents[2] / "recipes"
@@ -39,13 +42,39 @@ def test_every_recipe_is_planned(name):
     assert [row["step_s"] for row in found.landscape] == sorted(row["step_s"] for row in found.landscape)
 
 
-def test_the_time_is_the_sum_of_its_operations():
-    place = Place(cores(1))
+H100 = profile_from_datasheet(device("h100-sxm"), links=(link("nvlink4"), link("infiniband-ndr")))
+
+
+def test_on_an_accelerator_the_time_is_the_sum_of_its_operations():
+    place = Place(H100, 1, 1)
     choice = predict_option(LM, place, Option(1, 4, "fp32", "none"))
     workload = LM.workload(4, "fp32")
-    one = sum(place.cost(1).predict(op).seconds * count for op, count in workload.ops())
+    one = sum(place.cost.predict(op).seconds * count for op, count in workload.ops())
     assert choice.breakdown["compute"] == pytest.approx(4 * one) and choice.settings.num_microbatches == 4
     assert choice.breakdown["exposed_communication"] == 0
+
+
+def test_on_accelerators_gradients_are_exchanged_over_the_links_there_are():
+    within, between = (predict_option(LM, Place(H100, n, 8), Option(n, 1, "fp32", "none")) for n in (8, 16))
+    assert between.breakdown["exposed_communication"] >= within.breakdown["exposed_communication"]
+    alone = profile_from_datasheet(device("h100-sxm"))
+    with pytest.raises(ProfileError, match="nothing is known of AllReduce"):
+        predict_option(LM, Place(alone, 8, 8), Option(8, 1, "fp32", "none"))
+
+
+def test_on_a_host_it_is_what_a_run_there_would_take():
+    profile = cores(1)
+    config = load(RECIPES / "convnet-digits.toml", ["microbatch=16", "precision.compute=fp32"])
+    expected = StepModel(profile).predict(run_of(config, "fp32"))
+    subject = read_subject(RECIPES / "convnet-digits.toml", ["precision.compute=fp32"])
+    choice = predict_option(subject, Place(profile), Option(1, 16, "fp32", "none"))
+    assert choice.breakdown["compute"] == pytest.approx(expected.step.compute)
+    assert choice.breakdown["data"] > 0 and choice.low_s < expected.total_s < choice.high_s
+
+
+def test_a_plan_may_come_before_its_data():
+    assert not Path(LM.config.data.path).exists()
+    assert predict_option(LM, Place(cores(1)), Option(1, 4, "fp32", "none")).breakdown["data"] == 0
 
 
 def test_computing_again_costs_a_forward_of_the_blocks_and_saves_memory():

@@ -6,13 +6,13 @@ import pytest
 
 from turbopump.core.errors import PlanError, UsageError
 from turbopump.hardware.specs import DeviceSpec, LinkSpec
-from turbopump.planner.candidates import Space, divisors, enumerate_candidates, read_holds
+from turbopump.planner.candidates import LEAST_TOKENS, Space, divisors, enumerate_candidates, read_holds
 from turbopump.planner.cases import RECOMPUTES, Case, Cases, DecoderShape, ParallelDims, StepTimes
 from turbopump.planner.machine import Machine
 from turbopump.planner.search import Fit, Models, rank, search
 
 SHAPE = DecoderShape(512, 12, 8, 1000, 2048, kv_heads=4, name="small")
-CASE = Case(SHAPE, 1024, 24, 1)
+CASE = Case(SHAPE, 4 * LEAST_TOKENS, 24, 1)
 GIB = 1 << 30
 
 
@@ -62,7 +62,7 @@ def brute_force(space: Space) -> set[Case]:
                                schedule="interleaved" if stages > 1 else "1f1b", sequence_parallel=tp > 1,
                                reshard_after_forward=pp == 1)  # fmt: skip
                 whole_groups = stages == 1 or (pp > 1 and case.num_microbatches % pp == 0)
-                if not case.problems() and case.seq_len // cp >= 256 and whole_groups:
+                if not case.problems() and (cp == 1 or case.seq_len // cp >= LEAST_TOKENS) and whole_groups:
                     found.add(case)
     return found
 
@@ -86,6 +86,12 @@ def test_the_arrays_are_those_of_the_cases():
         assert np.array_equal(getattr(arrays, item.name), getattr(made, item.name)), item.name
     assert {made.dtype[i] for i in range(len(made))} == {"bf16", "fp8"}
     assert set(np.unique(made.sync_every)) == {1.0, 16.0, 128.0}
+
+
+def test_short_sequences_are_split_only_where_that_is_held():
+    short = replace(CASE, seq_len=1024)
+    assert {row["cp"] for row in search(Space(short, 8), machine(8), MODELS, changes=False).landscape} == {1}
+    assert search(Space(short, 8, read_holds(["cp=2"])), machine(8), MODELS, changes=False).best.dims.cp == 2
 
 
 def test_what_changes_the_results_is_searched_only_where_it_is_named():
@@ -141,7 +147,7 @@ def test_alternatives_are_the_best_with_another_value():
 
 
 def test_what_does_not_fit_is_no_alternative():
-    found = search(Space(CASE, 8), machine(8, memory_gib=0.12), MODELS)
+    found = search(Space(CASE, 8), machine(8, memory_gib=0.2), MODELS)
     unfit = {(one.name, one.value) for one in found.alternatives if one.slower is None}
     assert {("recompute", "none"), ("dp_replicate", 8)} <= unfit
 
@@ -150,7 +156,7 @@ def test_another_machine_may_have_another_answer():
     place = machine(8)
     assert place.node is not None
     slow = replace(place, node=replace(place.node, bytes_per_s=place.node.bytes_per_s / 50))
-    space = Space(CASE, 8)
+    space = Space(replace(CASE, seq_len=1024), 8)
     fast_best, slow_best = (search(space, m, MODELS, changes=False).best for m in (place, slow))
     assert not fast_best.same_as(slow_best)  # or the next lines could not fail
     border = next(m for factor in np.geomspace(1, 50, 200)

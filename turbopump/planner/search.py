@@ -204,8 +204,10 @@ def _on_another_machine(
     winner = int(np.argmin(step_s))
     choice = choices(ranked, pool[[winner]], machine, models)[0]
     kept = int(np.flatnonzero(pool == ranked.order[0])[0])
-    gain = 1 - float(step_s[winner] / step_s[kept]) if np.isfinite(step_s[kept]) else 1 - choice.step_s / best.step_s
-    return Change(what, "machine", choice, gain, not choice.same_as(best))
+    if not np.isfinite(step_s[kept]):
+        return Change(what, "machine", choice, 1 - choice.step_s / best.step_s, True)
+    gain = 1 - float(step_s[winner] / step_s[kept])
+    return Change(what, "machine", choice, gain, not choice.same_as(best) and gain > WORTH_SAYING)
 
 
 def _with_more_memory(ranked: Ranked, machine: Machine, models: Models, best: Choice) -> Change:

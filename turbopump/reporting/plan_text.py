@@ -168,7 +168,8 @@ def _changes(found: Found) -> Iterator[str]:
             yield f"{change.what}: nothing would fit"
         elif change.flips:
             step = change.choice.step_s / found.best.step_s - 1
-            yield f"{change.what}: {words(change.choice)}; step {step:+.1%}"
+            saved = f", {change.gain:.1%} less than by keeping the plan" if change.kind == "machine" else ""
+            yield f"{change.what}: {words(change.choice)}; step {step:+.1%}{saved}"
     if same:
         yield f"the same plan with {', '.join(same)}"
 
