@@ -31,10 +31,12 @@ def check_sizes(case: Case) -> None:
     shape, dims = case.shape, case.dims
     if shape.heads < 1:
         raise ValueError(f"heads ({shape.heads}): a size from 1 to {MOST:g} is needed")
-    sizes = {"width of a head": shape.head_width, "mlp": shape.mlp, "vocab": shape.vocab, "hidden": shape.hidden, "layers": shape.layers, "heads": shape.heads, "seq_len": case.seq_len,
-             "global_batch": case.global_batch, "microbatch": case.microbatch, "tp": dims.tp, "pp": dims.pp,
-             "dp_replicate": dims.dp_replicate, "dp_shard": dims.dp_shard, "cp": dims.cp, "ep": dims.ep,
-             "virtual_stages": case.virtual_stages}  # fmt: skip
+    sizes = {
+        "width of a head": shape.head_width, "mlp": shape.mlp, "vocab": shape.vocab, "hidden": shape.hidden,
+        "layers": shape.layers, "seq_len": case.seq_len, "global_batch": case.global_batch,
+        "microbatch": case.microbatch, "tp": dims.tp, "pp": dims.pp, "dp_replicate": dims.dp_replicate,
+        "dp_shard": dims.dp_shard, "cp": dims.cp, "ep": dims.ep, "virtual_stages": case.virtual_stages,
+    }  # fmt: skip
     if wrong := [f"{name} ({size})" for name, size in sizes.items() if not 1 <= size <= MOST]:
         raise ValueError(f"{', '.join(wrong)}: a size from 1 to {MOST:g} is needed")
     if problems := case.problems():
