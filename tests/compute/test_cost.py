@@ -8,7 +8,7 @@ from benchmarks import halves, published
 from benchmarks.halves import op_of, profile_of
 from turbopump.compute import efficiency
 from turbopump.compute.cost import ComputeCost
-from turbopump.compute.features import Case, Columns
+from turbopump.compute.features import Case, Columns, Place
 from turbopump.compute.ops import Attention, Conv2d, Elementwise, Gemm, Launch, Norm, OptimizerStep, Rnn
 from turbopump.compute.regression import Regression
 from turbopump.core.errors import DatasetError, ProfileError
@@ -266,9 +266,11 @@ def test_a_word_may_change_one_summand_alone():
     """A direction that computes as fast as the other but moves three times the bytes."""
     ops = [Conv2d(b, c, 28, 28, 64, k, k, 1, 1, 0, 0, "fp32", direction=d) for b in (1, 4, 16) for c in (1, 8, 64, 256)
            for k in (1, 3) for d in ("forward", "input_gradient")]  # fmt: skip
-    cases = [Case.of(op) for op in ops]
+    cases = [Case.of(op, Place("cpu", 2)) for op in ops]
     moves = [3.0 if op.direction == "input_gradient" else 1.0 for op in ops]
-    times_s = np.array([LAUNCH_S + c.flops / (0.8 * PEAK) + m * c.bytes / BANDWIDTH for c, m in zip(cases, moves)])
+    times_s = np.array(
+        [LAUNCH_S + c.computed_flops / (0.8 * PEAK) + m * c.bytes / BANDWIDTH for c, m in zip(cases, moves)]
+    )
     fitted = efficiency.fit(cases, times_s, PEAK, BANDWIDTH)
     assert np.median(np.abs(efficiency.seconds(fitted, cases, PEAK, BANDWIDTH) / times_s - 1)) < 0.05
     forward, gradient = (fitted[f"times direction={d} of output"] for d in ("forward", "input_gradient"))

@@ -4,10 +4,10 @@
               + the sum over operands of bytes / (bandwidth * memory_share)
 
 `half_m` is the m at which half the efficiency is lost (Hockney's n_1/2, 1983, of each dim of the product that the
-operation amounts to); FLOPs are those computed, padding included. Each summand has factors (`times`) of its own for
-layouts, directions, libraries: a gradient may compute as fast as its forward and move more. The same formula is the
-trend beneath the interpolation of measured rows (peak = the best rate measured), and, with a data sheet's peak, the
-prediction for a machine that nobody measured, from the numbers of a relative.
+operation amounts to); FLOPs are those computed, padding included. `times` are factors of layouts, directions and the
+like: one for all work or, of convolutions whose library is known (it reorders operands), one a summand. The same
+formula is the trend beneath the interpolation of measured rows (peak = the best rate measured), and, with a data
+sheet's peak, the prediction for a machine that nobody measured, from the numbers of a relative.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ SCATTER = 0.2  # of log seconds about the formula, against which the prior is we
 ROUNDS = 60
 DIMS = ("m", "n", "k")
 _UNSEEN = 1e12  # of a dim that an operation does not have: no efficiency is lost to it
-WORD_SPREAD = 0.5
+WORD_SPREAD, SHARED_SPREAD = 0.5, 0.7  # of the logarithms of factors: of one summand, of all work
 _FIXED = ("launch", "steps")  # summands that no amount of work changes
 
 
@@ -33,7 +33,7 @@ class _Terms:
     """What the formula needs of each case."""
 
     def __init__(self, cases: Sequence[Case]) -> None:
-        operands = [case.operands for case in cases]
+        operands = [case.operands if case.library else {"bytes": case.bytes} for case in cases]
         amounts = {
             "launch": np.ones(len(cases)),
             "steps": np.array([case.steps for case in cases]),
@@ -132,7 +132,7 @@ class _Unknown(NamedTuple):
     name: str
     expected: float
     spread: float
-    summand: str
+    summands: tuple[str, ...]
     sign: float = 1.0
     """-1 where more of it means less time."""
     word: str = ""
@@ -140,21 +140,24 @@ class _Unknown(NamedTuple):
 
 
 def _unknown(terms: _Terms, times_s: Array) -> list[_Unknown]:
-    found = [_Unknown("launch_s", float(times_s.min()) / 2, 1.0, "launch")]
+    found = [_Unknown("launch_s", float(times_s.min()) / 2, 1.0, ("launch",))]
     operands = [name for name in terms.amounts if name not in (*_FIXED, "flops")]
     if "steps" in terms.amounts:
         steps = terms.amounts["steps"]
-        found.append(_Unknown("step_s", float((times_s[steps > 0] / steps[steps > 0]).min()) / 2, 1.0, "steps"))
+        found.append(_Unknown("step_s", float((times_s[steps > 0] / steps[steps > 0]).min()) / 2, 1.0, ("steps",)))
     if "flops" in terms.amounts:
-        found.append(_Unknown("efficiency", 0.8, 0.5, "flops", -1.0))
-        found += [_Unknown(f"half_{dim}", 16.0, 1.5, "flops", dim=dim)
+        found.append(_Unknown("efficiency", 0.8, 0.5, ("flops",), -1.0))
+        found += [_Unknown(f"half_{dim}", 16.0, 1.5, ("flops",), dim=dim)
                   for dim, values in terms.dims.items() if values.min() < _UNSEEN]  # fmt: skip
     for name in operands:
         share = "memory_share" if len(operands) == 1 else f"memory_share of {name}"
-        found.append(_Unknown(share, 0.7, 0.7, name, -1.0))
+        found.append(_Unknown(share, 0.7, 0.7, (name,), -1.0))
     telling = [word for word, present in terms.words.items() if 0 < present.sum() < len(times_s)]
-    return found + [_Unknown(_of(word, name), 1.0, WORD_SPREAD, name, word=word)
-                    for word in telling for name in terms.amounts]  # fmt: skip
+    if len(operands) > 1:
+        return found + [_Unknown(_of(word, name), 1.0, WORD_SPREAD, (name,), word=word)
+                        for word in telling for name in terms.amounts]  # fmt: skip
+    working = tuple(name for name in terms.amounts if name not in _FIXED)
+    return found + [_Unknown(word, 1.0, SHARED_SPREAD, working, word=word) for word in telling]
 
 
 def _linear(
@@ -166,7 +169,7 @@ def _linear(
     total = sum(parts.values())
     columns = []
     for u in unknown:
-        column = u.sign * parts[u.summand] / total
+        column = u.sign * sum(parts[name] for name in u.summands) / total
         if u.word:
             column = column * terms.words[u.word]
         if u.dim:

@@ -78,7 +78,7 @@ class Regression:
         variance = 1.0 / np.diag(inverse)
         off = (inverse @ values) * variance
         covariance[np.diag_indices(len(x))] += np.maximum(off**2 - OUTLYING**2 * variance, 0.0)
-        return np.linalg.inv(covariance)
+        return np.asarray(np.linalg.inv(covariance), dtype=np.float64)
 
     def _set_prior(self) -> None:
         """Logarithms of a length per column, a height, for each part; of the noise."""
