@@ -10,6 +10,7 @@ profile, which knows nothing of the runs, and from one that holds the operations
 from __future__ import annotations
 
 import sysconfig
+import tempfile
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -19,6 +20,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
+import torch
 
 from turbopump.comms import bench as comms_bench
 from turbopump.comms import data_parallel
@@ -47,7 +49,8 @@ from turbopump.models.deepspeech2.config import DeepSpeech2Config
 from turbopump.models.transformer.config import TransformerConfig
 from turbopump.pack import pack
 from turbopump.planner.own_run import ops_of, run_of
-from turbopump.planner.own_step import StepModel, StepPrediction, structure_of
+from turbopump.planner.own_step import Run, StepModel, StepPrediction, Structure, structure_of
+from turbopump.planner.run_calibration import Observed, fit
 from turbopump.train import train
 from turbopump.training import forward_backward
 
@@ -81,7 +84,7 @@ def recipes(dataset: Path, quick: bool = False) -> list[Config]:
                 model=model, data=data, name=f"{name}-{dtype}" + (f"-{processes}p" if processes > 1 else ""),
                 global_batch=batch, microbatch=more.get("microbatch", 0), num_steps=more.get("num_steps", 14),
                 precision=PrecisionConfig(compute=dtype),  # type: ignore[arg-type]
-                evaluation=EvaluationConfig(at_start=False, max_samples=1, batch=1),
+                evaluation=EvaluationConfig(at_start=False, max_samples=2, batch=1),
                 checkpoint=CheckpointConfig(every_s=0.0, keep_best=False), 
                 logging=LoggingConfig(every=10**6, limit_s=0.0),
                 launch=LaunchConfig(num_processes=processes, threads=1, device="cpu"),
@@ -254,10 +257,100 @@ def compared(runs: Sequence[Measured], profile: MachineProfile) -> list[Compared
     found = []
     for run in runs:
         config = run.config
-        predicted = model.predict(run_of(config, config.precision.compute, config.launch.num_processes or 1))
+        predicted = model.predict(_run_of(config))
         found.append(Compared(config.name, run.step, predicted))
     return found
 
 
 def mean_error(results: Sequence[Compared]) -> float:
     return float(np.mean([abs(result.error) for result in results]))
+
+
+@dataclass(frozen=True)
+class OwnRuns:
+    """All runs, as the machine file of a short generic probe predicts them, as one with their own operations does, and
+    as the latter does when each is predicted with what the other recipes' runs have taught (leave one out)."""
+
+    generic: list[Compared]
+    probed: list[Compared]
+    calibrated: list[Compared]
+
+    @property
+    def covered(self) -> float:
+        """Share of all predictions whose band holds the measured step."""
+        return float(np.mean([r.covered for r in (*self.generic, *self.probed, *self.calibrated)]))
+
+
+def own_runs(quick: bool = False) -> OwnRuns:
+    """Measure and predict: `quick` three small models within a minute; in full 22 runs within six.
+
+    Each recipe's operations are measured right before and after its run, so that a machine whose speed drifts spoils
+    both alike.
+    """
+    with _one_thread(), tempfile.TemporaryDirectory() as name:
+        directory = Path(name)
+        chosen = recipes(dataset_of(directory), quick)
+        generic = generic_rows(tiers=1, row_s=0.02, every=10 if quick else 1)
+        comms = comms_rows() if any(c.launch.num_processes > 1 for c in chosen) else []
+        own: list[Measurement] = []
+        runs: list[Measured] = []
+        for config in chosen:
+            before = own_rows([config], row_s=0.02 if quick else 0.04)
+            runs.append(measured(config, directory))
+            after = [] if quick else own_rows([config], row_s=0.02)
+            own += _joined(before, after)
+        general = profile_of([*generic, *comms])
+        probed = profile_of([*generic, *comms, *own])
+        return OwnRuns(compared(runs, general), compared(runs, probed), leave_one_out(runs, probed))
+
+
+def leave_one_out(runs: Sequence[Measured], profile: MachineProfile) -> list[Compared]:
+    """Each run predicted with the structure that the runs of the other models' recipes have taught: a recipe in another
+    dtype, or on two processes, is left out with it."""
+    observed = [Observed(run.config.name, _run_of(run.config), run.step, 1, run.num_steps) for run in runs]
+    model = StepModel(profile)
+    found = []
+    for run, mine in zip(runs, observed):
+        others = [o for o, r in zip(observed, runs) if _family(r.config) != _family(run.config)]
+        model.structure = fit(others, profile) if others else Structure()
+        found.append(Compared(run.config.name, run.step, model.predict(mine.run)))
+    return found
+
+
+def _run_of(config: Config) -> Run:
+    return run_of(config, config.precision.compute, config.launch.num_processes or 1)
+
+
+def _family(config: Config) -> str:
+    """The recipe's name without dtype and processes."""
+    return config.name.removesuffix("-2p").removesuffix("-bf16").removesuffix("-fp32")
+
+
+def _joined(before: Sequence[Measurement], after: Sequence[Measurement]) -> list[Measurement]:
+    """Rows measured twice: the faster, which other work disturbed less."""
+    rows: dict[str, Measurement] = {}
+    for row in (*before, *after):
+        if row.key not in rows or row.seconds < rows[row.key].seconds:
+            rows[row.key] = row
+    return list(rows.values())
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def table(results: OwnRuns) -> str:
+    """A line a run, for the terminal."""
+    lines = [f"{'run':<24}{'measured':>10}{'generic':>9}{'probed':>9}{'calibrated':>12}"]
+    for generic, probed, calibrated in zip(results.generic, results.probed, results.calibrated):
+        lines.append(f"{generic.name:<24}{1e3 * generic.measured.total:>7.1f} ms{generic.error:>+9.1%}"
+                     f"{probed.error:>+9.1%}{calibrated.error:>+12.1%}")  # fmt: skip
+    lines.append(f"{'mean error':<34}{mean_error(results.generic):>9.1%}{mean_error(results.probed):>9.1%}"
+                 f"{mean_error(results.calibrated):>12.1%}")  # fmt: skip
+    return "\n".join(lines)

@@ -50,6 +50,7 @@ FIRST_BUCKET_BYTES, BUCKET_BYTES = MIB, 25 * MIB  # of comms/data_parallel.py
 TYPICAL_CACHE_BYTES = 32 * MIB
 TYPICAL_LAUNCH_S = 1.5e-5  # of `Launch(autograd)`, where it was not measured
 FLOOR_S = 3e-5  # of `other`: the spans themselves and the turn of the loop
+SOUND = ("measured", "interpolated")
 PARTS = tuple(f.name for f in fields(StepBreakdown))
 
 
@@ -132,6 +133,7 @@ class StepPrediction:
     kinds: tuple[KindTime, ...]
     measured_share: float
     """Of the operations' seconds: what rows of exactly these operations tell."""
+    params: int = 0
 
     @property
     def total_s(self) -> float:
@@ -181,9 +183,11 @@ class StepModel:
     def _of_op(self, op: Op, model: str) -> tuple[Prediction, float]:
         """Warm seconds by the model's own kernel where that was measured, and what cold operands cost more."""
         if (op, model) not in self._seconds:
-            routes = self._cost.routes(op)
-            route = model if model in routes else None
-            found = self._cost.predict(op, route)
+            found = self._cost.predict(op)
+            if model in self._cost.routes(op):
+                own = self._cost.predict(op, model)
+                if own.basis in SOUND:  # a few rows of a route tell less than the default's
+                    found = own
             a_call, a_byte = self._cold
             row = self._flushed.get((op.key, found.route))
             extra_s = a_byte * op.cost.bytes
@@ -217,7 +221,7 @@ class StepModel:
             "optimizer": math.hypot(update.half_width, structure.band("optimizer")),
             "other": math.log(2.0),
         }  # fmt: skip
-        return _banded(step, widths, compute, update)
+        return replace(_banded(step, widths, compute, update), params=work.params)
 
     def coldness(self, run: Run) -> float:
         """Share of operands that come from memory: what a step touches between two uses of the same bytes, against
@@ -245,7 +249,7 @@ class StepModel:
         ranks = run.num_processes
         if ranks == 1:
             return 0.0, 0.0
-        model = CollectiveModel.of(self._profile.rows, self._profile.links)
+        model = self._all_reduce
         slowdown = self._overlap_slowdown(ranks)
         ready = _bucket_times(run.workload, compute_s / run.num_microbatches)
         end_s, width = 0.0, 0.0
@@ -259,6 +263,10 @@ class StepModel:
         tiny = model.predict(AllReduce(8, ranks, "node")).seconds
         slowest_s = self.structure.straggling * compute_s * math.sqrt(2.0 * math.log(ranks))
         return max(0.0, end_s) + tiny + slowest_s, width
+
+    @cached_property
+    def _all_reduce(self) -> CollectiveModel:
+        return CollectiveModel.of(self._profile.of_kind("AllReduce"), self._profile.links)
 
     def _overlap_slowdown(self, ranks: int) -> float:
         """How much longer an all-reduce takes while its processes compute (`Overlap` rows)."""
