@@ -270,14 +270,16 @@ def test_other_operations(tmp_path):
     header = ("platform", "precision", "cell", "application", "hidden", *known["deepbench_rnn"][4:])
     write(tmp_path / "deepbench_rnn.csv", header, [["NV_P100", "fp32", *row] for row in cells])
     conv = dict.fromkeys(known["deepbench_conv"], 1) | {"platform": "NV_P100", "precision": "fp32", "W": 28, "H": 28}
-    write(tmp_path / "deepbench_conv.csv", conv, [(conv | {"bwd_inputs_ms": ""}).values()])
+    no_stride = conv | {"stride_w": 0}
+    write(tmp_path / "deepbench_conv.csv", conv, [(conv | {"bwd_inputs_ms": ""}).values(), no_stride.values()])
     write(tmp_path / "ops_a100_mi210.csv", known["ops_a100_mi210"], [["A100", "matmul_fp16", 64, 512, 512, 0.1, "", ""],
           ["MI210", "gelu", 4096, "", "", "", 50, "G"], ["A100", "sort", 4, "", "", "", 1, ""]])  # fmt: skip
     write(tmp_path / "matmul_achievable.csv", known["matmul_achievable"], [["bf16", "NVIDIA H100 SXM", 794, "64x64x64"],
-          ["bf16", "NVIDIA H100 SXM", 794, "big"], ["bf16", "NVIDIA Z1", 7, "64x64x64"]])  # fmt: skip
+          ["bf16", "NVIDIA H100 SXM", 794, "big"], ["bf16", "NVIDIA Z1", 7, "64x64x64"],
+          ["fp8", "Tesla T4", 9, "64x64x64"]])  # fmt: skip
     report = validate(tmp_path, models=FlatModels())
     counts = {t.name: (len(t.rows), len(t.not_predicted)) for t in report.tables}
-    assert counts == {"deepbench_conv": (2, 0), "deepbench_rnn": (3, 1), "matmul_achievable": (1, 2),
+    assert counts == {"deepbench_conv": (2, 1), "deepbench_rnn": (3, 1), "matmul_achievable": (1, 3),
                       "ops_a100_mi210": (2, 1)}  # fmt: skip
 
 

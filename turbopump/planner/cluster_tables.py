@@ -1,9 +1,9 @@
 """Published measurements of clusters as rows to be judged: all-reduces, the power of hosts, failures.
 
 Cross-validated, an all-reduce of a device over so many ranks is predicted from the same device's other numbers of
-ranks, as on a probed machine (`comms/cost.py`), or from the link where these have one size alone; the power of a host
-and the time between failures from the other systems. Frozen, from the catalog's links and power and from the constants
-below: failures of one large published run, power of a data sheet.
+ranks, as on a probed machine (`comms/cost.py`), where these have several sizes; the power of a host and the time
+between failures from the other systems. Frozen, from the links of the catalog and the calibration that ships, and from
+the constants below: failures of one large published run, power of a data sheet.
 """
 
 from __future__ import annotations
@@ -11,20 +11,22 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import median
 
+import numpy as np
+
 from turbopump.comms.cost import CollectiveModel
 from turbopump.comms.ops import AllReduce
-from turbopump.comms.textbook import predict_on_link
-from turbopump.core.errors import CatalogError, ProfileError, UsageError
-from turbopump.hardware.accelerators import link as find_link
+from turbopump.core.errors import CatalogError
 from turbopump.hardware.profile import Measurement, Prediction, Trial
 from turbopump.hardware.specs import DeviceSpec
+from turbopump.planner import calibration, exchange
 from turbopump.planner.judged import Row
-from turbopump.planner.machine import node_link
+from turbopump.planner.machine import Machine, from_catalog
 from turbopump.planner.operation_tables import BAD_ROW, Line, reason, spec_of
+from turbopump.planner.rates import MOST
 
 COLUMNS: Mapping[str, tuple[str, ...]] = {
     "allreduce_intranode": ("gpu", "ranks", "bytes", "time_us"),
@@ -39,7 +41,8 @@ HOST_BAND = math.log(1.4)
 FAILURES_BAND = math.log(4.0)  # published systems differ by that much from each other
 GPU_HOURS_BETWEEN_FAILURES = 50_000.0  # 419 unplanned stops in 54 days of 16,384 H100 (arXiv:2407.21783, table 5)
 DEVICES_PER_NODE = 8
-NETWORKS = ("infiniband-edr",)  # of DeepBench's clusters of 2016-2017; their table does not say it
+NETWORK = "infiniband-edr"  # of DeepBench's clusters of 2016-2017; their table does not say it
+RING = ("node_efficiency", "network_efficiency", "node_latency_s", "network_latency_s")
 
 
 def judge(path: Path, lines: Sequence[Line], *, frozen: bool) -> tuple[list[Row], list[str]]:
@@ -50,61 +53,93 @@ def judge(path: Path, lines: Sequence[Line], *, frozen: bool) -> tuple[list[Row]
 # all-reduce -----------------------------------------------------------------------------------------------------------
 
 
+@dataclass(frozen=True)
+class Sum:
+    """A measured all-reduce: of what device, by which library, over which machine."""
+
+    device: str
+    route: str
+    machine: Machine
+    op: AllReduce
+    seconds: float
+    doubt: float = math.log(1.35)
+    """Half-width of the band at least, in the logarithm, where it is predicted by what ships."""
+
+
 def _intranode(path: Path, lines: Sequence[Line], frozen: bool) -> tuple[list[Row], list[str]]:
-    def read(line: Line) -> tuple[str, str, AllReduce, float, str]:
-        spec = spec_of(line["gpu"])
+    def read(line: Line) -> Sum:
         op = AllReduce(int(line["bytes"]), int(line["ranks"]), "node")
-        return line["gpu"], "default", op, float(line["time_us"]) / 1e6, node_link(spec)
+        machine = from_catalog(spec_of(line["gpu"]), op.ranks, devices_per_node=op.ranks)
+        return Sum(line["gpu"], "default", machine, op, float(line["time_us"]) / 1e6)
 
     return _collectives(path, lines, read, frozen)
 
 
 def _deepbench(path: Path, lines: Sequence[Line], frozen: bool) -> tuple[list[Row], list[str]]:
-    """Every library is a route. On one host as far as `Single` says so or 4 ranks do, else over the network."""
+    """Every library is a route. `Single` is on one host, whatever else may lie on several of 8 over a network that the
+    table does not say."""
 
-    def read(line: Line) -> tuple[str, str, AllReduce, float, str]:
+    def read(line: Line) -> Sum:
         spec, ranks = spec_of(line["platform"]), int(line["processors"])
-        alone = "Single" in line["library"]
-        op = AllReduce(4 * int(line["floats"]), ranks, "node" if alone else "rack")
-        link = node_link(spec) if alone else NETWORKS[0]
-        return line["platform"], line["library"], op, float(line["time_ms"]) / 1e3, link
+        op = AllReduce(4 * int(line["floats"]), ranks, "node" if "Single" in line["library"] else "rack")
+        per_node = ranks if op.level == "node" else min(ranks, DEVICES_PER_NODE)
+        machine = from_catalog(spec, ranks, devices_per_node=per_node, network=NETWORK)
+        return Sum(line["platform"], line["library"], machine, op, float(line["time_ms"]) / 1e3, math.log(4.0))
 
     return _collectives(path, lines, read, frozen)
 
 
 def _collectives(
-    path: Path, lines: Sequence[Line], read: Callable[[Line], tuple[str, str, AllReduce, float, str]], frozen: bool
+    path: Path, lines: Sequence[Line], read: Callable[[Line], Sum], frozen: bool
 ) -> tuple[list[Row], list[str]]:
-    found: list[tuple[str, str, AllReduce, float, str]] = []
+    found: list[Sum] = []
     problems: list[str] = []
     for number, line in enumerate(lines, 2):
         try:
-            device, route, op, seconds, link = read(line)
-            if not 0 < seconds < math.inf:
+            one = read(line)
+            if not 0 < one.seconds < math.inf:
                 raise ValueError("no time is given")
-            found.append((device, route, op, seconds, link))
+            if one.op.ranks < 2 or not 1 <= one.op.bytes <= MOST**2:
+                raise ValueError(f"{one.op.bytes} bytes over {one.op.ranks} ranks is no all-reduce")
+            found.append(one)
         except BAD_ROW as error:
             problems.append(f"{path.name}:{number}: {reason(error)}")
     rows = []
-    for device, route, op, seconds, link in found:
-        others = [_measurement(o, s, r, d) for d, r, o, s, _ in found
-                  if (d, r) == (device, route) and o.ranks != op.ranks]  # fmt: skip
-        try:
-            p = _all_reduce(op, route, [] if frozen else others, link)
-        except (ProfileError, UsageError) as error:
-            problems.append(f"{path.name}: {device} {op.key} by {route}: {error}")
-            continue
-        name = device if route == "default" else f"{device}/{route}"
-        rows.append(Row(path.stem, f"{name}/{op.ranks} ranks", op.key, p.seconds, seconds, "s", p.low_s, p.high_s))
+    for one in found:
+        others = [] if frozen else _others(one, found)
+        p = CollectiveModel.of(others).predict(one.op, one.route) if others else _as_shipped(one)
+        name = one.device if one.route == "default" else f"{one.device}/{one.route}"
+        rows.append(Row(path.stem, f"{name}/{one.op.ranks} ranks", one.op.key, p.seconds, one.seconds, "s", p.low_s,
+                        p.high_s))  # fmt: skip
     return rows, problems
 
 
-def _all_reduce(op: AllReduce, route: str, others: Sequence[Measurement], link: str) -> Prediction:
-    sizes = Counter(row.op["ranks"] for row in others)
-    if known := [row for row in others if sizes[row.op["ranks"]] > 1]:  # one size says nothing of another
-        return CollectiveModel.of(known).predict(op, route)
-    spec = find_link(link)
-    return predict_on_link(op, spec if spec.level == op.level else replace(spec, level=op.level))
+def _others(one: Sum, found: Sequence[Sum]) -> list[Measurement]:
+    """Of the same device and library over other numbers of ranks, where these have several sizes: one size says nothing
+    of another."""
+    same = [o for o in found if (o.device, o.route) == (one.device, one.route) and o.op.ranks != one.op.ranks]
+    sizes = Counter(o.op.ranks for o in same)
+    return [_measurement(o.op, o.seconds, o.route, o.device) for o in same if sizes[o.op.ranks] > 1]
+
+
+def _as_shipped(one: Sum) -> Prediction:
+    """A ring as the model of steps times it, by the calibration that ships; its bands are those of its parameters."""
+    known = calibration.shipped()
+    middle = known.values(one.machine.families)
+
+    def seconds(faster: float) -> float:
+        """At that share of the way to the fast end of the bands of all parameters; below 0 to the slow end."""
+        end = dict(middle)
+        for name in RING:
+            low, high = known.bands[name]
+            fast, slow = (high, low) if name.endswith("efficiency") else (low, high)
+            end[name] *= (fast if faster > 0 else slow) / known.shared[name] if faster else 1.0
+        sizes = [np.array([float(v)]) for v in (one.op.bytes, one.op.ranks, one.machine.devices_per_node)]
+        return float(exchange.ring_s(one.machine, end, 2.0, *sizes)[0])
+
+    at = seconds(0.0)
+    low, high = (min(seconds(1.0), at * math.exp(-one.doubt)), max(seconds(-1.0), at * math.exp(one.doubt)))
+    return Prediction(at, low, high, "curve", one.route)
 
 
 def _measurement(op: AllReduce, seconds: float, route: str, device: str) -> Measurement:

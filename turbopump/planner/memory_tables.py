@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 from turbopump.core.errors import UsageError
 from turbopump.planner.cases import Case, Cases, DecoderShape, ParallelDims, Recompute
 from turbopump.planner.memory import GIB, SOFTWARE, MemoryUse, Software, memory_bytes
+from turbopump.planner.rates import check_sizes
 
 Row = Mapping[str, str]
 Quantity = Literal["peak", "states", "activations", "activations_relative"]
@@ -73,6 +74,7 @@ def read(path: Path) -> MemoryTable:
     for number, line in enumerate(lines, 2):
         try:
             if (row := _READERS[name](line)) is not None:
+                check_sizes(row.case)
                 rows.append(row)
         except (ValueError, KeyError, TypeError, AttributeError, ArithmeticError, UsageError) as error:
             problems.append(f"{path.name}:{number}: {error}")

@@ -17,6 +17,7 @@ from turbopump.hardware.specs import DeviceSpec
 from turbopump.planner.cases import Case, DecoderShape, ParallelDims
 from turbopump.planner.machine import DEVICES_PER_NODE, family, from_catalog
 from turbopump.planner.operation_tables import BAD_ROW, read_lines, reason, spec_of
+from turbopump.planner.rates import check_sizes
 from turbopump.planner.tables import Measured, Table
 
 NAME = "nemo_megatron_bridge_runs"
@@ -106,7 +107,10 @@ def _row(cells: Mapping[str, str]) -> Measured:
                 dtype="fp8" if "fp8" in cells.get("precision", "").lower() else "bf16",
                 schedule="interleaved" if interleaved else "1f1b", virtual_stages=virtual if interleaved else 1,
                 sequence_parallel=tp > 1)  # fmt: skip
+    check_sizes(case)
     step_s = _step_s(case, cells, gpus)
+    if not 0 < step_s < 1e6:
+        raise ValueError(f"a step of {step_s:g} s")
     group = f"{shape.name}/{spec.name}"
     choice = f"{group}/{gpus}/{case.seq_len}/{case.global_batch}/{case.dtype}"
     return Measured(NAME, group, choice, machine, case, step_s, cluster=f"{NAME}/{spec.name}")

@@ -14,7 +14,7 @@ import csv
 import math
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
 from turbopump.compute.cost import ComputeCost
@@ -26,6 +26,7 @@ from turbopump.hardware.accelerators import reported_as
 from turbopump.hardware.datasheet import curves, profile_from_datasheet
 from turbopump.hardware.specs import DeviceSpec
 from turbopump.planner.judged import Row
+from turbopump.planner.rates import MOST
 
 Line = Mapping[str, str]
 BAD_ROW = (ValueError, KeyError, ArithmeticError, UsageError)
@@ -61,17 +62,16 @@ class Timed:
 def judge(path: Path, lines: Sequence[Line], *, frozen: bool) -> tuple[list[Row], list[str]]:
     """All operations of a table with predictions, in seconds; and the rows that were not understood, with why."""
     timed, problems = _read(path, lines)
-    groups: dict[tuple[str, str], list[Timed]] = defaultdict(list)
+    groups: dict[tuple[str, str, str], list[Timed]] = defaultdict(list)
     for row in timed:
-        groups[row.group, row.device.name].append(row)
+        groups[row.group, row.device.name, getattr(row.op, "dtype", "")].append(row)
     rows: list[Row] = []
-    for (group, _), members in groups.items():
+    for (group, _, _), members in groups.items():
         try:
-            cost = _cost(members[0].device, frozen)
+            predictions = _cost(members[0].device, frozen).predict_many([m.op for m in members])
         except (CatalogError, ProfileError) as error:
-            problems.append(f"{path.name}: {group}, {len(members)} rows: {error}")
+            problems += [f"{path.name}: {group}, {m.op.key}: {error}" for m in members]
             continue
-        predictions = cost.predict_many([m.op for m in members])
         rows += [
             Row(path.stem, group, m.op.key, p.seconds, m.seconds, "s", p.low_s, p.high_s)
             for m, p in zip(members, predictions)
@@ -99,10 +99,22 @@ def _read(path: Path, lines: Sequence[Line]) -> tuple[list[Timed], list[str]]:
             found = [row for row in _READERS[path.stem](line) if 0 < row.seconds < math.inf]
             if not found:
                 raise ValueError("no time is given")
+            for row in found:
+                _check(row.op)
             timed += found
         except BAD_ROW as error:
             problems.append(f"{path.name}:{number}: {reason(error)}")
     return timed, problems
+
+
+def _check(op: Op) -> None:
+    """Raises `ValueError` for an operation of sizes that cannot be."""
+    for name, value in ((f.name, getattr(op, f.name)) for f in fields(op)):
+        least = 0 if name.startswith("pad") else 1
+        if isinstance(value, int) and not isinstance(value, bool) and not least <= value <= MOST:
+            raise ValueError(f"{name} ({value}): a size from {least} to {MOST:g} is needed")
+    if not 0 < op.cost.bytes < math.inf:
+        raise ValueError(f"{op.key} moves {op.cost.bytes:g} bytes")
 
 
 def reason(error: Exception) -> str:

@@ -16,6 +16,7 @@ from pathlib import Path
 from turbopump.core.errors import UsageError
 from turbopump.hardware.accelerators import device as find_device
 from turbopump.hardware.accelerators import reported_as
+from turbopump.planner import rates
 from turbopump.planner.cases import Case, DecoderShape, ParallelDims, Recompute
 from turbopump.planner.machine import Machine, family, from_catalog
 
@@ -95,8 +96,7 @@ def read(path: Path) -> Table:
     for number, line in enumerate(lines, 2):
         try:
             measured = _READERS[name](line)
-            if wrong := measured.case.problems():
-                raise ValueError("; ".join(wrong))
+            rates.check_sizes(measured.case)
             if not 0 < measured.step_s < 1e6:
                 raise ValueError(f"a step of {measured.step_s:g} s")
             rows.append(measured)
@@ -146,27 +146,30 @@ def _mpt(row: Row) -> Measured:
                     row["gpu"])  # fmt: skip
 
 
+LLM_DEVICES = {"a100": "infiniband-hdr", "v100": "infiniband-edr", "h100": "infiniband-ndr", "h200": "infiniband-ndr"}
+"""With the network of their usual hosts."""
+
+
 def _llm(row: Row) -> Measured:
-    """Megatron-LM's weak scaling on Selene: fp16, full recomputation, rates that count it (eq. 3 of the paper).
+    """Megatron-LM's runs, on Selene (A100) unless the name of the set says another device: 16 bits, and full
+    recomputation, which rates count, unless the column says otherwise.
 
     The microbatch was not published where the column is empty: 1 is taken, and the schedule is the plain one."""
-    if row["metric"] != "tflops_per_gpu":
-        raise ValueError(f"the metric {row['metric']!r} is not understood (known: tflops_per_gpu)")
     n = {name: int(float(row[name])) for name in ("hidden", "layers", "heads", "seq_len", "tp", "pp", "gpus",
                                                   "global_batch")}  # fmt: skip
     shape = _gpt_shape(n["hidden"], n["layers"], n["heads"], n["seq_len"])
     dims = ParallelDims(n["pp"], n["gpus"] // (n["tp"] * n["pp"]), 1, 1, n["tp"])
     microbatch = int(float(row.get("micro_batch") or 1))
     recompute = _recompute(row.get("recompute") or "full")
-    case = Case(shape, n["seq_len"], n["global_batch"], microbatch, dims, recompute=recompute, dtype="fp16",
-                fused_attention=False, gradient_bytes=2)  # fmt: skip
-    h, layers, s, v = n["hidden"], n["layers"], n["seq_len"], 51200
-    passes = 96 if recompute == "full" else 72
-    flops = passes * n["global_batch"] * s * layers * h * h * (1 + s / (6 * h) + v / (16 * layers * h))
-    step_s = flops / (float(row["value"]) * 1e12 * n["gpus"])
+    accelerator = next((name for name in LLM_DEVICES if name in row["set"].lower()), "a100")
+    case = Case(shape, n["seq_len"], n["global_batch"], microbatch, dims, recompute=recompute,
+                dtype="fp16" if accelerator in ("a100", "v100") else "bf16", fused_attention=False, gradient_bytes=2,
+                sequence_parallel="seqpar" in (row.get("recompute") or ""))  # fmt: skip
     group = f"{row['set']}/{row['params_b']}"
-    machine = _machine("a100", n["gpus"], "infiniband-hdr", 0, "megatron")
-    return Measured("llm_published_runs", group, group, machine, case, step_s, row["set"])
+    machine = _machine(accelerator, n["gpus"], LLM_DEVICES[accelerator], 0, "megatron")
+    step_s = rates.step_s(row["metric"], row.get("unit") or "", float(row["value"]), case, machine)
+    choice = f"{group}/{n['gpus']}/{n['global_batch']}"
+    return Measured("llm_published_runs", group, choice, machine, case, step_s, row["set"])
 
 
 def _torchtitan(row: Row) -> Measured:

@@ -65,7 +65,7 @@ def _not_predicted(part: TableReport) -> list[str]:
     if not part.not_predicted:
         return []
     reasons = Counter(_reason(text) for text in part.not_predicted)
-    lines = ["", f"{part.title}: {len(part.not_predicted)} rows not predicted"]
+    lines = ["", f"{part.title}: {len(part.not_predicted)} row{'s' * (len(part.not_predicted) > 1)} not predicted"]
     lines += [f"  {count} x {reason}" for reason, count in reasons.most_common(SHOWN_REASONS)]
     more = len(reasons) - SHOWN_REASONS
     return [*lines, f"  and {more} other reasons (--json lists them all)"] if more > 0 else lines
