@@ -15,6 +15,7 @@ from turbopump.cli import main
 from turbopump.core.config import load
 from turbopump.core.errors import ProfileError, UsageError
 from turbopump.core.files import to_json
+from turbopump.hardware import accelerators
 from turbopump.hardware import profile as machine_file
 from turbopump.plan import find_target, plan
 from turbopump.planner import plan_file
@@ -22,8 +23,11 @@ from turbopump.planner.recipe_cases import of_recipe
 from turbopump.planner.workload_file import save as save_workload
 
 ROOT = Path(__file__).parents[1]
-LLAMA_8B = {"model_type": "llama", "hidden_size": 4096, "num_hidden_layers": 32, "num_attention_heads": 32,
-            "num_key_value_heads": 8, "intermediate_size": 14336, "vocab_size": 128256, "_name_or_path": "llama-8b"}  # fmt: skip
+LLAMA_8B = {
+    "model_type": "llama", "hidden_size": 4096, "num_hidden_layers": 32, "num_attention_heads": 32,
+    "num_key_value_heads": 8, "intermediate_size": 14336, "vocab_size": 128256, "_name_or_path": "llama-8b",
+}  # fmt: skip
+SECTIONS = ("model", "machine", "best", "step", "speed", "memory", "to finish", "data", "bottleneck", "runner-up")
 CLUSTER = ("--device", "h100-sxm", "--count", "64", "--link", "infiniband-ndr")
 CHIP = """
 [mine]
@@ -74,7 +78,7 @@ def test_every_model_on_every_machine_has_a_page_of_at_most_100_columns(here, cl
         assert said.code == 0, said.err
         lines = said.out.splitlines()
         assert max(map(len, lines)) <= min(100, int(columns)) and len(lines) < 70
-        for name in ("model", "machine", "best", "step", "speed", "memory", "to finish", "data", "bottleneck", "runner-up"):
+        for name in SECTIONS:
             assert any(line.startswith(name) for line in lines), name
         assert "80 % certainty" in said.out
 
@@ -123,6 +127,34 @@ def test_a_machine_of_the_catalog_and_one_of_a_file_are_told_apart(here):
     assert find_target("h100-sxm").profile is None
 
 
+def gpus(here: Path, count: int) -> None:
+    """machine.json of a host with so many measured H100s."""
+    profile = build(domains=("compute", "memory", "host", "comms", "data"))
+    on_gpu = ("compute", "memory", "host")
+    rows = tuple(replace(row, device="cuda") if row.domain in on_gpu else row for row in profile.rows)
+    spec = accelerators.device("h100-sxm")
+    machine = {**profile.machine, "gpus": [spec.name] * count}
+    profile = replace(profile, rows=rows, devices=(spec, *profile.devices), machine=machine)
+    machine_file.save(profile, here / "gpus.json")
+
+
+def test_a_probed_host_of_gpus_is_planned_as_such(here, cli):
+    gpus(here, 8)
+    assert find_target("gpus.json").machine().num_devices == 8
+    made = plan("config.json", on="gpus.json")
+    assert made.file.dims.num_devices == 8 and "8 x NVIDIA H100 SXM" in made.target.words
+    assert made.file.prediction == plan("config.json", device="h100-sxm", count=8).file.prediction
+    assert plan("config.json", on="gpus.json", count=64, link="infiniband-ndr").file.dims.num_devices == 64
+    assert plan("convnet-digits.toml", on="gpus.json", count=1).file.dims.num_devices == 1
+    for arguments, expected in (
+        ("--count 64", "say with --link"),
+        ("--count 12 --link infiniband-ndr", "use 8 or 16"),
+        ("--devices-per-node 4", "is for devices of the catalog"),
+    ):
+        said = cli("plan", "config.json", "--on", "gpus.json", *arguments.split())
+        assert said.code == 2 and expected in said.err
+
+
 # ---- plan.toml, and train that follows it
 
 
@@ -133,6 +165,7 @@ def test_the_plan_is_written_with_what_it_rests_on(here, cli):
     assert table["schema"] == 1 and table["turbopump_version" if "turbopump_version" in table else "written_by"]
     assert all(table["inputs"][name] for name in ("recipe", "recipe_digest", "machine", "machine_digest"))
     assert plan_file.read("plan.toml").prediction.step_s > 0
+    assert "inputs" in cli("inspect", "plan.toml").out and cli("inspect", "plan.toml", "--json").code == 0
     page = Path("plan.html").read_text()
     assert "lm-stdlib" in page and "Where a step" in page
 
@@ -238,8 +271,11 @@ def test_wrong_tables_and_runs_are_named(here, cli, arguments, expected):
         (["config.json", "--on", "absent.json"], ["no machine file at absent.json", "turbopump probe"]),
         (["config.json", *CLUSTER[:4], "--link", "token-ring"], ["no link 'token-ring'"]),
         (["config.json", "--device", "h100-sxm", "--count", "0"], ["--count: 0 given"]),
-        (["config.json", "--device", "h100-sxm", "--count", "12"], ["divisible by --devices-per-node (8): use 8 or 16"]),
-        (["config.json", "--device", "h100-sxm", "--count", "3"], ["no split of 3 devices", "use 2 or 4 devices"]),
+        (
+            ["config.json", "--device", "h100-sxm", "--count", "12"],
+            ["by --devices-per-node (8)", "use 8 or 16"],
+        ),
+        (["config.json", "--device", "h100-sxm", "--count", "7"], ["no split of 7 devices", "use 6 or 8 devices"]),
         (["config.json", *CLUSTER, "--fix", "tp=3"], ["--fix tp=3 leaves nothing", "use tp=2, tp=4"]),
         (["config.json", *CLUSTER, "--fix", "tp"], ["NAME=VALUE"]),
         (["config.json", *CLUSTER, "--fix", "width=3"], ["no such choice"]),
@@ -254,7 +290,7 @@ def test_wrong_tables_and_runs_are_named(here, cli, arguments, expected):
         (["retnet.json", *CLUSTER], ["model_type: 'retnet' is not known"]),
         (["bare.json", *CLUSTER], ["fields are missing", "hidden (hidden_size"]),
         (["lm-stdlib.toml", "--on", "old.json"], ["has schema 0", "probe the machine again"]),
-        (["lm-stdlib.toml", "--link", "infiniband-ndr"], ["--link is for devices of the catalog"]),
+        (["lm-stdlib.toml", "--link", "infiniband-ndr"], ["a host without any: leave it out"]),
         (["lm-stdlib.toml", "--seq-len", "64"], ["data.seq_len=64"]),
         (["lm-stdlib.toml", "--fix", "tp=2"], ["split over data only"]),
         (["lm-stdlib.toml", "--count", "5"], ["batch of 16 cannot be shared by 5", "use 4 devices"]),
@@ -284,9 +320,10 @@ def test_without_a_machine_file_it_says_how_to_make_one(here, cli):
 
 def test_it_works_without_torch(here):
     code = "import sys; sys.modules['torch'] = None; from turbopump.cli import main; sys.exit(main(sys.argv[1:]))"
+    env = {**os.environ, "PYTHONPATH": str(ROOT)}
     for arguments in (["config.json", *CLUSTER], ["lm-stdlib.toml", "--output", "p.toml"], ["workload.json", "--json"]):
-        done = subprocess.run([sys.executable, "-c", code, "plan", *arguments], capture_output=True, text=True, check=False,
-                              env={**os.environ, "PYTHONPATH": str(ROOT)})  # fmt: skip
+        command = [sys.executable, "-c", code, "plan", *arguments]
+        done = subprocess.run(command, capture_output=True, text=True, check=False, env=env)
         assert done.returncode == 0, done.stderr
 
 

@@ -32,7 +32,7 @@ from turbopump.planner.candidates import Holds, Space, read_holds
 from turbopump.planner.cases import Cases
 from turbopump.planner.choice import Choice, Found
 from turbopump.planner.forecast import Forecast, forecast_of, steps_of
-from turbopump.planner.machine import Machine, from_catalog, from_profile
+from turbopump.planner.machine import Machine, from_catalog, from_profile, node_link
 from turbopump.planner.op_search import Place, parts_of, search_ops
 from turbopump.planner.plan_file import Inputs, PlanFile, Prediction, Sizes
 from turbopump.planner.predictors import decoder_models, memory_of_ranks
@@ -63,13 +63,13 @@ class Target:
     @property
     def is_host(self) -> bool:
         """Whether it computes with the processors of a host."""
-        return self.profile is not None and any(row.device == "cpu" for row in self.profile.rows)
+        return self.profile is not None and _computes_on_host(self.profile)
 
     @property
     def words(self) -> str:
         """The machine for people: what joins its devices too."""
-        if self.profile is not None:
-            return f"{self.profile.name} ({self.name})"
+        if self.is_host:
+            return f"{self.device.name} ({self.name})"
         within = f", {self.devices_per_node} a host" if self.devices_per_node > 1 else ""
         between = (
             f", {accelerators.link(self.link).name} between hosts" if self.num_devices > self.devices_per_node else ""
@@ -84,7 +84,11 @@ class Target:
     def machine(self) -> Machine:
         """For the model of a decoder's step."""
         if self.profile is not None:
-            return from_profile(self.profile, self.num_devices)
+            measured = from_profile(self.profile, self.num_devices)
+            node = measured.node or accelerators.link(node_link(self.device))
+            network = accelerators.link(self.link) if self.num_devices > self.devices_per_node else None
+            return replace(measured, devices_per_node=self.devices_per_node, network=network,
+                           node=node if self.devices_per_node > 1 else None)  # fmt: skip
         return from_catalog(self.device, self.num_devices, devices_per_node=self.devices_per_node, network=self.link)
 
     def place(self) -> Place:
@@ -143,8 +147,8 @@ def plan(
 ) -> Plan:
     """Plan the training of `recipe`: a recipe, a Hugging Face config.json or a workload.json.
 
-    `on` is a machine.json or a device of the catalog, `device` the latter alone, `count` how many of them (processes
-    on a host's processors), `link` what joins hosts of `devices_per_node` devices; with none of these the machine.json
+    `on` is a machine.json or a device of the catalog, `device` the latter alone, `count` how many of them (processes on
+    a host's processors), `link` what joins hosts of `devices_per_node` devices; with none of these the machine.json
     of the working directory. `fix` holds choices (`"tp=4"`), `usd_per_hour` is the price of a device.
 
     Raises `UsageError` (`ConfigError`, `CatalogError`, `ProfileError`) for wrong input and `PlanError` where there is
@@ -222,10 +226,9 @@ def find_target(
         raise UsageError(f"--on {on} and --device {device} both name a machine: give one of them")
     named = str(on) if on is not None else device
     if named is None or (device is None and _is_machine_file(named)):
-        for name, given in (("--link", link), ("--devices-per-node", devices_per_node)):
-            if given is not None:
-                raise UsageError(f"{name} is for devices of the catalog: a machine file says how its own are joined")
-        return _measured(Path(named or DEFAULT_MACHINE), count)
+        if devices_per_node is not None:
+            raise UsageError("--devices-per-node is for devices of the catalog: a machine file says how many it has")
+        return _measured(Path(named or DEFAULT_MACHINE), count, link)
     spec = accelerators.device(named)
     if link is not None:
         accelerators.link(link)
@@ -246,13 +249,37 @@ def _is_machine_file(name: str) -> bool:
     return name.endswith(".json") or (Path(name).is_file() and ".toml" not in name)
 
 
-def _measured(path: Path, count: int | None) -> Target:
+def _computes_on_host(profile: MachineProfile) -> bool:
+    """Whether it was probed with the processors of a host; rows of its disk and processes say nothing of that."""
+    return {row.device for row in profile.rows if row.domain in ("compute", "memory")} == {"cpu"}
+
+
+def _measured(path: Path, count: int | None, link: str | None) -> Target:
     profile = load_profile(path)
     if not profile.devices:
         raise CatalogError(f"{path} names no device: probe the machine again")
-    host = any(row.device == "cpu" for row in profile.rows)
-    num_devices = count or (0 if host else len(profile.devices))
-    return Target(str(path), digest_file(path), profile.devices[0], num_devices, max(1, len(profile.devices)), profile)
+    host = _computes_on_host(profile)
+    per_node = 1 if host else max(1, len(profile.machine.get("gpus", ())))
+    if host and link is not None:
+        raise UsageError(f"--link joins hosts of accelerators, and {path} is a host without any: leave it out")
+    num_devices = count or (0 if host else per_node)
+    if not host and num_devices > per_node:
+        if link is None:
+            raise UsageError(
+                f"--count ({num_devices}) is more than the {per_node} devices of {path}: say with --link what joins "
+                f"such hosts (known: {', '.join(accelerators.link_names())})"
+            )
+        if num_devices % per_node:
+            near = num_devices // per_node * per_node
+            raise UsageError(
+                f"--count ({num_devices}) must be divisible by the {per_node} devices of a host: "
+                f"use {near} or {near + per_node}"
+            )
+    if link is not None:
+        accelerators.link(link)
+    return Target(
+        str(path), digest_file(path), profile.devices[0], num_devices, per_node, profile, link or DEFAULT_LINK
+    )
 
 
 def _file(

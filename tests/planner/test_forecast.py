@@ -64,7 +64,8 @@ def test_relief_names_what_was_computed_the_most_effective_first():
     def change(what: str, compute: float) -> Change:
         return Change(what, "machine", choice(compute=compute), 0.0, True)
 
-    changes = [change("a little", 1.4), change("much", 0.5), change("nothing", 1.5), Change("nowhere", "machine", None, 0, True)]
+    changes = [change("a little", 1.4), change("much", 0.5), change("nothing", 1.5)]
+    changes.append(Change("nowhere", "machine", None, 0.0, True))
     made = forecast_of(SUBJECT, choice(), DEVICE, changes=changes)
     assert made.relief[:2] == ("much (-50%)", "a little (-5%)") and "more or faster devices" in made.relief[-1]
     assert not any("nothing" in words or "nowhere" in words for words in made.relief)

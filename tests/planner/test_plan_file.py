@@ -85,8 +85,9 @@ def test_a_file_that_is_no_plan_is_refused(tmp_path):
 
 
 def test_the_settings_are_the_recipes():
-    chosen = settings(PLAN, CONFIG, 2)
-    assert chosen == {"microbatch": 4, "precision.compute": "bf16", "launch.num_processes": 2, "model.recompute": "full"}
+    assert settings(PLAN, CONFIG, 2) == {
+        "microbatch": 4, "precision.compute": "bf16", "launch.num_processes": 2, "model.recompute": "full",
+    }  # fmt: skip
     convnet = load(RECIPE.with_name("convnet-digits.toml"))
     plan = replace(PLAN, inputs=replace(PLAN.inputs, recipe_digest=recipe_digest(convnet)),
                    settings=replace(PLAN.settings, recompute="none"))  # fmt: skip
@@ -110,7 +111,7 @@ def test_a_plan_of_another_recipe_is_refused():
         (replace(PLAN, dims=ParallelDims(dp_shard=2)), "dims.dp_shard (2)"),
         (replace(PLAN, dims=ParallelDims(cp=2)), "dims.cp (2)"),
         (replace(PLAN, dims=ParallelDims(dp_replicate=2, ep=2)), "dims.ep (2)"),
-        (replace(PLAN, dims=ParallelDims(dp_replicate=8)), "dims.dp_replicate (8): train starts processes on this host"),
+        (replace(PLAN, dims=ParallelDims(dp_replicate=8)), "dims.dp_replicate (8): train starts processes on"),
         (replace(PLAN, settings=replace(PLAN.settings, dtype="fp8")), "settings.dtype (fp8)"),
         (replace(PLAN, settings=replace(PLAN.settings, recompute="selective")), "settings.recompute (selective)"),
         (replace(PLAN, settings=replace(PLAN.settings, synchronisation="local", sync_every=16)),
@@ -133,5 +134,5 @@ def test_all_that_train_cannot_do_is_named_at_once():
 
 def test_an_override_against_the_plan_is_refused():
     chosen = settings(PLAN, CONFIG, 2)
-    with pytest.raises(PlanError, match=r"microbatch: 2 given, and plan.toml says 4: leave the override or the plan out"):
+    with pytest.raises(PlanError, match=r"microbatch: 2 given, and plan.toml says 4: leave the override"):
         refuse_contradictions(chosen, load(RECIPE, ["microbatch=2", "precision.compute=bf16"]), "plan.toml")

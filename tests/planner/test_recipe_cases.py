@@ -107,7 +107,8 @@ def test_what_a_trace_does_not_know_is_refused(tmp_path, options, expected):
 
 
 def test_what_is_none_of_the_three_is_refused(tmp_path):
-    for text, expected in (("[]", "holds no table"), ("{", "not valid JSON"), ('{"rows": []}', "neither a config.json")):
+    cases = {"[]": "holds no table", "{": "not valid JSON", '{"rows": []}': "neither a config.json"}
+    for text, expected in cases.items():
         (tmp_path / "x.json").write_text(text)
         with pytest.raises(UsageError, match=expected):
             read_subject(tmp_path / "x.json")

@@ -23,9 +23,10 @@ def machine(num_devices: int, memory_gib: float = 1000.0, devices_per_node: int 
 
 
 def times(cases: Cases, place: Machine) -> StepTimes:
-    """A model with the trade-offs of a real one: arithmetic, tensor-parallel traffic, bubble, exchange of gradients."""
+    """A model with the trade-offs of a real one: arithmetic, tensor-parallel traffic, bubble, gradients."""
     nothing = np.zeros(len(cases))
-    rate = np.array([place.device.flops_per_s[dtype] for dtype in cases.dtype]) * cases.microbatch / (1 + cases.microbatch)
+    peak = np.array([place.device.flops_per_s[dtype] for dtype in cases.dtype])
+    rate = peak * cases.microbatch / (1 + cases.microbatch)
     again = np.array([1.0, 1.1, 1.33])[cases.recompute]
     compute = 6 * cases.params * cases.global_batch * cases.seq_len / cases.num_devices / rate * again
     assert place.node is not None and place.network is not None
@@ -86,6 +87,17 @@ def test_the_arrays_are_those_of_the_cases():
         assert np.array_equal(getattr(arrays, item.name), getattr(made, item.name)), item.name
     assert {made.dtype[i] for i in range(len(made))} == {"bf16", "fp8"}
     assert set(np.unique(made.sync_every)) == {1.0, 16.0, 128.0}
+
+
+def test_stages_may_be_nearly_even():
+    """21 layers on 2 stages: 11 on the fullest, which decides."""
+    space = Space(replace(CASE, shape=replace(SHAPE, layers=21)), 2, read_holds(["pp=2", "schedule=1f1b"]))
+    candidates = enumerate_candidates(space)
+    cases = candidates.cases(space)
+    assert len(candidates) and set(cases.layers) == {22.0}
+    assert set(cases.params) == {float(space.shape.params + space.shape.layer_params)}
+    assert candidates.case(space, 0).shape.layers == 21
+    assert not len(enumerate_candidates(replace(space, base=replace(CASE, shape=replace(SHAPE, layers=13)))))
 
 
 def test_short_sequences_are_split_only_where_that_is_held():
@@ -159,9 +171,8 @@ def test_another_machine_may_have_another_answer():
     space = Space(replace(CASE, seq_len=1024), 8)
     fast_best, slow_best = (search(space, m, MODELS, changes=False).best for m in (place, slow))
     assert not fast_best.same_as(slow_best)  # or the next lines could not fail
-    border = next(m for factor in np.geomspace(1, 50, 200)
-                  if not search(space, (m := replace(place, node=replace(place.node, bytes_per_s=1e11 / factor))), MODELS,
-                                changes=False).best.same_as(fast_best))  # fmt: skip
+    slower = [replace(place, node=replace(place.node, bytes_per_s=1e11 / f)) for f in np.geomspace(1, 50, 200)]
+    border = next(m for m in slower if not search(space, m, MODELS, changes=False).best.same_as(fast_best))
     assert border.node is not None
     just_before = replace(border, node=replace(border.node, bytes_per_s=border.node.bytes_per_s * 1.5))
     changes = {c.what: c for c in search(space, just_before, MODELS).changes}
@@ -250,7 +261,7 @@ def test_a_number_of_devices_that_does_not_divide_names_the_nearest_that_do():
 
 def test_a_model_that_fits_nowhere_names_the_fewest_devices_that_hold_it():
     place = machine(4, memory_gib=0.05)
-    with pytest.raises(PlanError, match=r"small does not fit on 4 x test device: .* GiB, or use|use (\d+) devices") as caught:
+    with pytest.raises(PlanError, match=r"small does not fit on 4 x test device: .* use \d+ devices") as caught:
         search(Space(CASE, 4), place, MODELS)
     count = int(str(caught.value).rpartition("use ")[2].split()[0])
     assert search(Space(CASE, count), replace(place, num_devices=count), MODELS, changes=False).best
@@ -267,7 +278,6 @@ def test_a_model_that_fits_nowhere_names_the_recompute_that_would_do():
         search(replace(space, holds={"recompute": ("none",)}), machine(4, memory_gib=least * 1.2 / GIB), MODELS)
 
 
-def test_a_model_that_fits_on_no_number_of_devices_says_so(monkeypatch):
-    monkeypatch.setattr("turbopump.planner.misfit.MOST_TRIED", 4)
+def test_a_model_that_fits_on_no_number_of_devices_says_so():
     with pytest.raises(PlanError, match="a device with more memory, or a smaller model"):
         search(Space(CASE, 4), machine(4, memory_gib=1e-6), MODELS)

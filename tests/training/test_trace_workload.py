@@ -55,8 +55,10 @@ def test_a_decoder_is_written_down_exactly(tmp_path):
     assert ops(workload, Attention) == {Attention(BATCH, 2, 2, LENGTH, LENGTH, WIDTH // 2, True, "fp32"): 3}
     assert sum(ops(workload, Attention, "backward").values()) == 3
     assert ops(workload, (Embedding, CrossEntropy, Norm)) == {
-        Embedding(rows, VOCAB, WIDTH, "fp32"): 1, CrossEntropy(rows, VOCAB, "fp32"): 1, Norm("layer", rows, WIDTH, "fp32"): 3,
-    }  # fmt: skip
+        Embedding(rows, VOCAB, WIDTH, "fp32"): 1,
+        CrossEntropy(rows, VOCAB, "fp32"): 1,
+        Norm("layer", rows, WIDTH, "fp32"): 3,
+    }
     products = sum(op.cost.flops * n for op, n in ops(workload, Gemm).items())
     backward = sum(op.cost.flops * n for op, n in ops(workload, Gemm, "backward").items())
     assert backward == 2 * products
