@@ -165,6 +165,7 @@ def test_the_plan_is_written_with_what_it_rests_on(here, cli):
     assert table["schema"] == 1 and table["turbopump_version" if "turbopump_version" in table else "written_by"]
     assert all(table["inputs"][name] for name in ("recipe", "recipe_digest", "machine", "machine_digest"))
     assert plan_file.read("plan.toml").prediction.step_s > 0
+    assert "inputs" in cli("inspect", "plan.toml").out and cli("inspect", "plan.toml", "--json").code == 0
     page = Path("plan.html").read_text()
     assert "lm-stdlib" in page and "Where a step" in page
 
@@ -272,9 +273,9 @@ def test_wrong_tables_and_runs_are_named(here, cli, arguments, expected):
         (["config.json", "--device", "h100-sxm", "--count", "0"], ["--count: 0 given"]),
         (
             ["config.json", "--device", "h100-sxm", "--count", "12"],
-            ["divisible by --devices-per-node (8)", "use 8 or 16"],
+            ["by --devices-per-node (8)", "use 8 or 16"],
         ),
-        (["config.json", "--device", "h100-sxm", "--count", "3"], ["no split of 3 devices", "use 2 or 4 devices"]),
+        (["config.json", "--device", "h100-sxm", "--count", "7"], ["no split of 7 devices", "use 6 or 8 devices"]),
         (["config.json", *CLUSTER, "--fix", "tp=3"], ["--fix tp=3 leaves nothing", "use tp=2, tp=4"]),
         (["config.json", *CLUSTER, "--fix", "tp"], ["NAME=VALUE"]),
         (["config.json", *CLUSTER, "--fix", "width=3"], ["no such choice"]),

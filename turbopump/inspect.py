@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tomllib
 from collections import Counter
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -19,6 +20,7 @@ from turbopump.data.describe import describe_dataset
 from turbopump.data.format import verify_dataset
 from turbopump.hardware import profile as machine_file
 from turbopump.hardware.sanity import oddities
+from turbopump.planner import plan_file
 from turbopump.planner.summary import format_summary, misfits, summarize
 from turbopump.reporting.probe_rows import Setting, best_rates, dtype_order, main_settings, memory_roofs, op_words
 
@@ -26,7 +28,7 @@ from turbopump.reporting.probe_rows import Setting, best_rates, dtype_order, mai
 def inspect(path: Path | str, *, verify: bool = False) -> dict[str, Any]:
     """Facts about the artefact at `path`, with its `kind` first; raises `UsageError` for what is none of ours,
     `CorruptDataError` or `CorruptCheckpointError` where a checksum differs, and `ProfileError` for a machine file of
-    another schema or, with `verify`, of figures that cannot be."""
+    another schema or, with `verify`, of figures that cannot be; `PlanError` for a plan of another schema."""
     path = Path(path)
     if not path.exists():
         raise UsageError(f"nothing at {path}")
@@ -105,6 +107,19 @@ def _recipe(path: Path, verify: bool) -> dict[str, Any]:
             "misfits": misfits(config)}  # fmt: skip
 
 
+def _is_plan(path: Path) -> bool:
+    """Whether it is a plan, of whatever schema; its tables are unlike a recipe's."""
+    try:
+        table = tomllib.loads(path.read_text(encoding="utf-8")) if path.suffix == ".toml" else {}
+    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError):
+        return False
+    return {"schema", "prediction", "dims"} <= table.keys()
+
+
+def _plan(path: Path, verify: bool) -> dict[str, Any]:
+    return to_table(plan_file.read(path))
+
+
 def _weights(path: Path, verify: bool) -> dict[str, Any]:
     tensors = read_layout(path).tensors
     return {"tensors": {name: f"{entry.dtype} {list(entry.shape)}" for name, entry in sorted(tensors.items())}}
@@ -181,6 +196,7 @@ _KINDS: tuple[tuple[str, Callable[[Path], bool], Callable[[Path, bool], dict[str
     ("run", lambda p: (p / "config.toml").exists(), _run),
     ("checkpoint", lambda p: (p / "index.json").exists(), _checkpoint),
     ("dataset", lambda p: (p / "manifest.json").exists(), _dataset),
+    ("plan", _is_plan, _plan),
     ("recipe", lambda p: p.suffix == ".toml", _recipe),
     ("weights", lambda p: p.suffix == ".safetensors", _weights),
     ("machine", _is_machine, _machine),

@@ -91,7 +91,8 @@ def test_own_runs_are_compared_by_both_profiles():
     module = SimpleNamespace(
         dataset_of=lambda d: d / "text", recipes=lambda data, quick: ["a", "b"] if quick else [],
         generic_rows=lambda every: ["g"], comms_rows=lambda: ["c"], own_rows=lambda configs: ["o"],
-        measured=lambda config, d: config, profile_of=list, compared=compared, mean_error=lambda found: sum(abs(f.error) for f in found) / len(found),
+        measured=lambda config, d: config, profile_of=list, compared=compared,
+        mean_error=lambda found: sum(abs(f.error) for f in found) / len(found),
     )  # fmt: skip
     generic, probed = plan.own_rows(module, True)
     assert (generic.id, generic.value, generic.runs) == ("plan.own_generic", pytest.approx(0.2), 2)

@@ -89,6 +89,17 @@ def test_the_arrays_are_those_of_the_cases():
     assert set(np.unique(made.sync_every)) == {1.0, 16.0, 128.0}
 
 
+def test_stages_may_be_nearly_even():
+    """21 layers on 2 stages: 11 on the fullest, which decides."""
+    space = Space(replace(CASE, shape=replace(SHAPE, layers=21)), 2, read_holds(["pp=2", "schedule=1f1b"]))
+    candidates = enumerate_candidates(space)
+    cases = candidates.cases(space)
+    assert len(candidates) and set(cases.layers) == {22.0}
+    assert set(cases.params) == {float(space.shape.params + space.shape.layer_params)}
+    assert candidates.case(space, 0).shape.layers == 21
+    assert not len(enumerate_candidates(replace(space, base=replace(CASE, shape=replace(SHAPE, layers=13)))))
+
+
 def test_short_sequences_are_split_only_where_that_is_held():
     short = replace(CASE, seq_len=1024)
     assert {row["cp"] for row in search(Space(short, 8), machine(8), MODELS, changes=False).landscape} == {1}
@@ -267,7 +278,6 @@ def test_a_model_that_fits_nowhere_names_the_recompute_that_would_do():
         search(replace(space, holds={"recompute": ("none",)}), machine(4, memory_gib=least * 1.2 / GIB), MODELS)
 
 
-def test_a_model_that_fits_on_no_number_of_devices_says_so(monkeypatch):
-    monkeypatch.setattr("turbopump.planner.misfit.MOST_TRIED", 4)
+def test_a_model_that_fits_on_no_number_of_devices_says_so():
     with pytest.raises(PlanError, match="a device with more memory, or a smaller model"):
         search(Space(CASE, 4), machine(4, memory_gib=1e-6), MODELS)

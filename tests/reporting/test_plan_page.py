@@ -46,7 +46,8 @@ def test_a_full_plan_has_every_part():
     for words in ("gpt3-175b on 1,024 devices", "What limits it", "arithmetic below the peak", "80 % band",
                   "the network at half the rate", "tp 4 instead of 8", "recompute full instead of selective",
                   "nothing fits", "It stays the same with 10 % more memory", "dtype fp8 instead of bf16",
-                  "41,000 candidates, 900 of which fit", "pp 16", "does not fit", "How many devices", "The next best is 6.0 % slower"):  # fmt: skip
+                  "41,000 candidates, 900 of which fit", "pp 16",
+                  "does not fit", "How many devices", "The next best is 6.0 % slower"):  # fmt: skip
         assert words in page.text, words
 
 

@@ -42,6 +42,9 @@ LEAST_TOKENS = 8192
 """Of a sequence on one context-parallel rank where its size is not held: the least that was published (Llama 3: 131,072
 on 16 ranks; torchtitan 32,768). Nobody measured shorter ones, so that the model of time cannot be trusted there."""
 ROWS_AT_ONCE = 1 << 20
+UNEVEN = 0.05
+"""More layers than there are that stages may be planned for, where the layers do not divide: each then counts as full
+as the fullest. Llama 3's 126 layers on 16 stages, at most 8 a stage, count as 128."""
 SYNC_EVERY = (16, 128)
 """Steps between exchanges that are tried with local updates (Douillard 2023: 500; 16 to 128 is usual)."""
 
@@ -140,7 +143,10 @@ class Candidates:
         }
         columns |= {name: getattr(self, name).astype(np.float64) for name in NUMBERS}
         dp = columns["dp_replicate"] * columns["dp_shard"]
+        layers = padded(base.shape.layers, self.pp * self.virtual_stages).astype(np.float64)
         columns |= {
+            "layers": layers,
+            "params": base.shape.params + (layers - base.shape.layers) * base.shape.layer_params,
             "num_microbatches": base.global_batch // (columns["microbatch"] * dp),
             # without cost in time, and memory falls (Korthikanti 2022)
             "sequence_parallel": (self.tp > 1).astype(np.float64),
@@ -185,7 +191,7 @@ def _crossed(space: Space, splits: Column, grid: Column) -> tuple[Column, ...]:
     pp, dp_replicate, dp_shard, cp, tp, ep = splits[rows].T
     microbatch, stages, recompute, dtype = np.tile(grid, (1, len(splits)))
     dp = dp_replicate * dp_shard
-    divides = (space.base.global_batch % (dp * microbatch) == 0) & (space.shape.layers % (pp * stages) == 0)
+    divides = (space.base.global_batch % (dp * microbatch) == 0) & even_enough(space.shape.layers, pp * stages)
     # the interleaved schedule takes microbatches in groups of as many as there are stages (Narayanan 2021)
     whole_groups = (space.base.global_batch // (dp * microbatch)) % pp == 0
     keep = divides & ((stages == 1) | ((pp > 1) & whole_groups))
@@ -216,6 +222,16 @@ def divisors(number: int) -> list[int]:
     return small + [number // n for n in reversed(small) if n * n != number]
 
 
+def padded(layers: int, chunks: Any) -> Any:
+    """The layers there would be if every chunk had as many as the fullest; numbers or arrays."""
+    return -(-layers // chunks) * chunks
+
+
+def even_enough(layers: int, chunks: Any) -> Any:
+    """Whether so many chunks of layers are filled, or nearly."""
+    return padded(layers, chunks) <= layers * (1 + UNEVEN)
+
+
 def _splits(space: Space) -> Iterator[tuple[int, ...]]:
     """(pp, dp_replicate, dp_shard, cp, tp, ep) of each split of all devices that divides the model."""
     shape, base = space.shape, space.base
@@ -223,7 +239,7 @@ def _splits(space: Space) -> Iterator[tuple[int, ...]]:
         if not space.held("tp", tp) or shape.heads % tp or shape.keys % min(tp, shape.keys):
             continue
         for pp in divisors(space.num_devices // tp):
-            if not space.held("pp", pp) or shape.layers % pp:
+            if not space.held("pp", pp) or not even_enough(shape.layers, pp):
                 continue
             for cp in divisors(space.num_devices // tp // pp):
                 if not space.held("cp", cp) or base.seq_len % cp:

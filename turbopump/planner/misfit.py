@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -10,8 +10,8 @@ import numpy as np
 
 from turbopump.core.errors import PlanError
 from turbopump.core.units import human
-from turbopump.planner.candidates import Candidates, Space, enumerate_candidates
-from turbopump.planner.machine import Machine
+from turbopump.planner.candidates import Candidates, Space, divisors, enumerate_candidates, even_enough
+from turbopump.planner.machine import DEVICES_PER_NODE, Machine
 
 GIB = 1 << 30
 MOST_DEVICES = 1 << 17
@@ -35,10 +35,7 @@ def explain_nothing(space: Space) -> PlanError:
         return PlanError(
             f"{held} leave nothing that divides {_sizes(space)} on {space.num_devices} devices: take one of them away"
         )
-    counts = _nearest(space.num_devices, lambda count: replace(space, num_devices=count))
-    batches = _nearest(
-        space.base.global_batch, lambda batch: replace(space, base=replace(space.base, global_batch=batch))
-    )
+    counts, batches = _counts_that_divide(space), _batches_that_divide(space)
     return PlanError(
         f"no split of {space.num_devices} devices divides {_sizes(space)}: use {_either(counts)} devices"
         + (f", or a global batch of {_either(batches)}" if batches else "")
@@ -57,8 +54,7 @@ def explain_misfit(space: Space, machine: Machine, memory: Callable[..., Any], l
             if _some_fit(space.without(held), machine, memory)]  # fmt: skip
     if "recompute" in space.holds and ways and (full := _recompute_that_fits(space, machine, memory)):
         ways[next(i for i, way in enumerate(ways) if "recompute" in way)] = f"use --fix recompute={full}"
-    counts = (n for n in _more_devices(space, machine) if _some_fit(replace(space, num_devices=n), machine, memory))
-    count = next(counts, None)
+    count = _fewest_that_fit(space, machine, memory)
     if count is not None:
         ways.append(f"use {count} devices or more")
     if not ways:
@@ -84,30 +80,53 @@ def _some_fit(space: Space, machine: Machine, memory: Callable[..., Any]) -> boo
     return bool(np.any(memory(candidates.cases(space), changed).fits))
 
 
-def _more_devices(space: Space, machine: Machine) -> Iterator[int]:
-    """Numbers of devices above today's, the smallest first: whole hosts, then coarser as they grow."""
-    count, step = space.num_devices, 1 if space.num_devices < machine.devices_per_node else machine.devices_per_node
-    for tried in range(MOST_TRIED):
-        count += step
-        if count > MOST_DEVICES:
-            return
-        if count >= machine.devices_per_node:
-            step = max(machine.devices_per_node, 1 << max(0, count.bit_length() - 4)) if tried > 4 else step
-        yield count
+def _fewest_that_fit(space: Space, machine: Machine, memory: Callable[..., Any]) -> int | None:
+    """The least number of devices above today's that hold it, by bisection: more devices hold what fewer do. Beyond a
+    host only whole hosts count."""
+    several_hosts = machine.num_devices > machine.devices_per_node
+    per_node = machine.devices_per_node if several_hosts else max(machine.devices_per_node, DEVICES_PER_NODE)
+    counts = [n for n in _counts(space) if n > space.num_devices and (n <= per_node or n % per_node == 0)]
+    if not counts or not _some_fit(replace(space, num_devices=counts[-1]), machine, memory):
+        return None
+    low, high = -1, len(counts) - 1
+    while high - low > 1:
+        middle = (low + high) // 2
+        if _some_fit(replace(space, num_devices=counts[middle]), machine, memory):
+            high = middle
+        else:
+            low = middle
+    return counts[high]
 
 
-def _nearest(value: int, changed: Callable[[int], Space]) -> list[int]:
-    """The next smaller and larger values with which something divides."""
-    found = []
-    for direction in (-1, 1):
-        for step in range(1, value + 1):
-            other = value + direction * step
-            if other >= 1 and len(enumerate_candidates(changed(other))):
-                found.append(other)
-                break
-            if step > 4 * MOST_TRIED:
-                break
-    return found
+def _counts(space: Space) -> list[int]:
+    """Numbers of devices that tensor, pipeline and data ranks can come to, ascending."""
+    shape = space.shape
+    stages = [n for n in range(1, shape.layers + 1) if even_enough(shape.layers, n)]
+    found = {tp * pp * dp for tp in divisors(shape.heads) for pp in stages for dp in divisors(space.base.global_batch)}
+    return sorted(n for n in found if n <= MOST_DEVICES)
+
+
+def _counts_that_divide(space: Space) -> list[int]:
+    """The next smaller and larger number of devices that some split divides."""
+    below = [n for n in reversed(_counts(space)) if n < space.num_devices]
+    above = [n for n in _counts(space) if n > space.num_devices]
+    return [found for side in (below, above) if (found := _first_that_divides(space, side))]
+
+
+def _first_that_divides(space: Space, counts: list[int]) -> int | None:
+    return next((n for n in counts[:MOST_TRIED] if len(enumerate_candidates(replace(space, num_devices=n)))), None)
+
+
+def _batches_that_divide(space: Space) -> list[int]:
+    """The next smaller and larger global batch that the data ranks of some split share."""
+    shape, batch = space.shape, space.base.global_batch
+    shares = {
+        space.num_devices // tp // pp for tp in divisors(shape.heads) for pp in range(1, shape.layers + 1)
+        if even_enough(shape.layers, pp) and space.num_devices % (tp * pp) == 0
+    }  # fmt: skip
+    below = max((batch // dp * dp for dp in shares), default=0)
+    above = min((-(-batch // dp) * dp for dp in shares), default=0)
+    return [number for number in dict.fromkeys((below, above)) if number]
 
 
 def _values(candidates: Candidates, name: str) -> list[Any]:

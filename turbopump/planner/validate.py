@@ -21,6 +21,8 @@ from typing import Any, Literal, Protocol
 import numpy as np
 
 from turbopump.core.errors import ConfigError, TurbopumpError, UsageError
+from turbopump.core.files import digest_file
+from turbopump.hardware.datasheet import curves
 from turbopump.planner import (
     cluster_tables,
     fit,
@@ -36,6 +38,7 @@ from turbopump.planner.operation_tables import read_lines
 from turbopump.planner.tables import Measured
 
 Mode = Literal["cross-validated", "frozen"]
+_SEEN = ", fitted on these very rows"
 STEP_TABLES = (*tables.COLUMNS, nemo_table.NAME)
 
 
@@ -163,7 +166,7 @@ def validate(path: Path, *, frozen: bool = False, models: StepModels | None = No
         judge = _JUDGES.get(file.stem)
         if judge is not None:
             rows, not_predicted = judge(file, read_lines(file)[0], frozen=frozen)
-            basis = _basis(file.stem, frozen)
+            basis = _basis(file, frozen)
             reports.append(_checked(TableReport(file.stem, "", basis, tuple(rows), tuple(not_predicted))))
     return Report(str(path), mode, shipped.digest if shipped else "", tuple(reports), tuple(ignored))
 
@@ -231,8 +234,8 @@ def _steps_basis(name: str, rows: Sequence[Measured], shipped: StepModel | None)
     if shipped is None:
         return "step times; every group by a calibration without it, its band from the errors of the other groups"
     digest = fit.digests([row for row in rows if row.table == name]).get(name)
-    seen = ", which was fitted on these very rows" if f"{name}:{digest}" in shipped.digest.split("+") else ""
-    return f"step times by the calibration that ships{seen}"
+    seen = f"{name}:{digest}" in shipped.digest.split("+")
+    return f"step times by the calibration that ships{_SEEN if seen else ''}"
 
 
 def _judge_steps(
@@ -346,10 +349,12 @@ def _mlperf(file: Path, shipped: StepModel | None, models: StepModels, step_rows
     return _checked(TableReport(file.stem, "", basis, tuple(rows), tuple(not_predicted)))
 
 
-def _basis(name: str, frozen: bool) -> str:
-    if name in operation_tables.COLUMNS:
-        which = "the curves that ship" if frozen else "the curves of a device's relatives, without its own"
-        return f"seconds of an operation by {which}"
+def _basis(file: Path, frozen: bool) -> str:
+    if file.stem in operation_tables.COLUMNS:
+        if not frozen:
+            return "seconds of an operation by the curves of a device's relatives, without its own"
+        seen = any(digest_file(file) in curve.source for curve in curves())
+        return f"seconds of an operation by the curves that ship{_SEEN if seen else ''}"
     how = "links, power and failure rates that ship" if frozen else "the table's other groups"
     return f"by {how}"
 

@@ -62,6 +62,9 @@ def words(choice: Choice) -> str:
     parts = [split, f"microbatch {chosen.microbatch} ({chosen.num_microbatches} {times})", chosen.dtype]
     if chosen.recompute != "none":
         parts.append(f"recompute {chosen.recompute}")
+    chunks = dims.pp * chosen.virtual_stages
+    if choice.case is not None and choice.case.shape.layers % chunks:
+        parts.append(f"at most {-(-choice.case.shape.layers // chunks)} layers a stage")
     if chosen.virtual_stages > 1:
         parts.append(f"interleaved, {chosen.virtual_stages} chunks a stage")
     if chosen.synchronisation == "quantized":

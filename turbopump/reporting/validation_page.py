@@ -21,6 +21,7 @@ from turbopump.reporting.words import percent
 
 TITLES = {"s": "Seconds", "GiB": "Memory, GiB", "%": "Memory, percent of another case", "W": "Power of a host, W",
           "GPU-hours": "GPU-hours between failures"}  # fmt: skip
+ORDER = (("s", "steps"), ("GiB", ""), ("%", ""), ("s", "single operations"))
 OPERATION_S = 0.02
 """Tables whose median time is below this are drawn apart: of single operations, not of steps."""
 
@@ -62,7 +63,8 @@ def validation_figures(report: Report) -> dict[str, Figure]:
     for part in report.tables:
         for unit in dict.fromkeys(row.unit for row in part.rows):
             kinds.setdefault((unit, _kind(part, unit)), []).append(part)
-    figures = [_scatter(unit, kind, parts, number) for number, ((unit, kind), parts) in enumerate(kinds.items())]
+    ordered = sorted(kinds.items(), key=lambda item: ORDER.index(item[0]) if item[0] in ORDER else len(ORDER))
+    figures = [_scatter(unit, kind, parts, number) for number, ((unit, kind), parts) in enumerate(ordered)]
     return {figure.id: figure for figure in figures}
 
 
