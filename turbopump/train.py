@@ -79,7 +79,8 @@ def train(
     path = Path(run) if run is not None else Path("runs") / config.name
     job = Job(
         config=config, path=path, live=live, quiet=quiet, hooks=tuple(hooks), loggers=tuple(loggers),
-        plan=plan_text, start_from=None if start_from is None else find_weights(str(start_from)), began_before_s=began_before_s,
+        start_from=None if start_from is None else find_weights(str(start_from)), began_before_s=began_before_s,
+        plan=plan_text,
     )  # fmt: skip
     return _run(job)
 

@@ -107,7 +107,7 @@ def _speed(subject: Subject, best: Choice, forecast: Forecast) -> str:
     if forecast.audio_hours_per_s:
         parts.append(f"{human(forecast.audio_hours_per_s)} hours of audio a second")
     if forecast.mfu is not None:
-        parts.append(f"MFU {forecast.mfu:.1%}")
+        parts.append(f"MFU {forecast.mfu:.1%}" if forecast.mfu >= 0.01 else f"MFU {forecast.mfu:.1g}")
     return ", ".join(parts)
 
 
