@@ -14,7 +14,6 @@ from turbopump.models.transformer.workload import workload
 from turbopump.planner import memory_tables
 from turbopump.planner.cases import Case, Cases, DecoderShape, ParallelDims
 from turbopump.planner.memory import FRAGMENTATION, GIB, PARTS, SOFTWARE, MemoryUse, memory_bytes
-from turbopump.planner.relief import does_not_fit, smallest_that_fits
 
 PUBLISHED = Path(__file__).parents[2].parent / "shared" / "published"
 MEGATRON = SOFTWARE["megatron"]
@@ -193,31 +192,6 @@ def test_many_cases_at_once_are_what_each_is_alone() -> None:
     together = memory_bytes(Cases.of(cases)).peak
     assert together.shape == (3, 4)
     assert together.T.tolist() == [use_of(case).peak[:, 0].tolist() for case in cases]
-
-
-def test_relief_names_the_recomputation_that_would_do() -> None:
-    case = replace(CASE, microbatch=8)
-    relief = smallest_that_fits(case, 80 * GIB)
-    assert relief is not None
-    assert relief.case.dims == case.dims
-    assert "recompute=full would do" in str(does_not_fit(case, 80 * GIB))
-    assert use_of(relief.case).fits(80 * GIB)[0]
-
-
-def test_relief_names_the_smallest_number_of_devices() -> None:
-    case = replace(CASE, shape=memory_tables.LLAMA_SHAPES["405B"], dims=ParallelDims(dp_shard=8))
-    relief = smallest_that_fits(case, 80 * GIB)
-    assert relief is not None
-    assert relief.case.dims.num_devices > 8
-    assert f"{relief.case.dims.num_devices} such devices" in relief.text
-    assert not relief.case.problems()
-    assert smallest_that_fits(case, 80 * GIB, most_devices=relief.case.dims.num_devices // 2) is None
-
-
-def test_what_fits_is_left_as_it_is_and_what_never_fits_says_so() -> None:
-    relief = smallest_that_fits(replace(CASE, recompute="full"), 80 * GIB)
-    assert relief is not None and relief.case == replace(CASE, recompute="full")
-    assert "shorten seq_len" in str(does_not_fit(replace(CASE, seq_len=2**26), 8 * GIB))
 
 
 @pytest.mark.parametrize(
