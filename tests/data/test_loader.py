@@ -186,6 +186,11 @@ def test_evaluation_reads_each_sample_once(world_size, max_samples):
     assert torch.equal(torch.cat([batch[0] for part in batches for batch in part]), whole)
 
 
+def test_rank_0_has_a_share_of_the_fewest_samples():
+    shares = [list(evaluation_batches(Noisy(), batch=4, max_samples=1, rank=rank, world_size=2)) for rank in (0, 1)]
+    assert [len(share) for share in shares] == [1, 0]
+
+
 SCRIPT = textwrap.dedent("""
     import multiprocessing, sys, time, torch
     from turbopump.data.loader import Loader

@@ -162,7 +162,7 @@ def evaluation_batches(
     available = _checked_size(source)
     size = min(available, max_samples) if max_samples else available
     reader = _Reader(source, 0, randomness)
-    begin, end = size * rank // world_size, size * (rank + 1) // world_size
+    begin, end = (-(-size * number // world_size) for number in (rank, rank + 1))  # rank 0 always has the first
     for first in range(begin, end, batch):
         indices = np.arange(first, min(first + batch, end)) * available // size
         with kept_random_state():
