@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import importlib
 import sys
-import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -154,16 +153,10 @@ def memory_rows(module: ModuleType, published: Path) -> Iterator[Row]:
 
 def own_rows(module: ModuleType, quick: bool) -> Iterator[Row]:
     """Real runs of `train` here, by a generic profile, and by one that holds their operations too."""
-    with tempfile.TemporaryDirectory() as name:
-        directory = Path(name)
-        configs = module.recipes(module.dataset_of(directory), quick)
-        runs = [module.measured(config, directory) for config in configs]
-    generic = [*module.generic_rows(every=4 if quick else 1), *module.comms_rows()]
-    probed = [*generic, *module.own_rows(configs)]
-    for row_id, rows in (("plan.own_generic", generic), ("plan.own_probed", probed)):
-        results = module.compared(runs, module.profile_of(rows))
+    found = module.own_runs(quick)
+    note(module.table(found))
+    for row_id, results in (("plan.own_generic", found.generic), ("plan.own_probed", found.probed)):
         errors = [abs(result.error) for result in results]
-        note(f"{row_id}: " + ", ".join(f"{r.name} {r.error:+.0%}" for r in results))
         yield _row(row_id, module.mean_error(results), len(errors), (min(errors), max(errors)))
 
 

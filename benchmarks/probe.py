@@ -40,7 +40,7 @@ TARGETS = targets(
 FAMILIES = ("gemm", "conv", "rnn")
 SHAPE_SEED = 20  # of the shapes: none that the model was chosen by
 HALVES_SEEDS = range(9000, 9006)  # likewise
-REPEAT_S = 60.0
+REPEAT_S = 90.0
 
 
 def measure(quick: bool) -> list[Row]:

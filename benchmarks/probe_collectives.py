@@ -58,21 +58,25 @@ def _row(target: Target, errors: Mapping[str, Errors]) -> Row:
 
 
 def errors_here(quick: bool) -> dict[str, Errors]:
-    """Relative errors at every second size of gloo between 2 processes, each known by the median over quiet rounds.
+    """Relative errors at every second size of gloo between 2 processes, each known by its least time over the rounds.
 
-    Raises `TurbopumpError` where gloo does not run here.
+    That is the rule of `probe_interpolation` too: other programs only ever add. `of_medians` is what it would be were
+    each size known by the median over those rounds in which others took least of the machine. Raises `TurbopumpError`
+    where gloo does not run here.
     """
     sizes = SIZES[::3] if quick else SIZES
-    measured = measure_here(sizes, rounds=3 if quick else 12)
+    rounds = measure_here(sizes, rounds=3 if quick else 12)
+    errors = _second_sizes([_least(found) for found in rounds])
+    return {**errors, "of_medians": _second_sizes([_of_quiet(found) for found in rounds])["ours"]}
+
+
+def _second_sizes(measured: Sequence[Measurement]) -> dict[str, Errors]:
     given, asked = measured[::2], measured[1::2]
     return _errors((given, row) for row in asked if int(row.op["bytes"]) < int(given[-1].op["bytes"]))
 
 
-def measure_here(sizes: Sequence[int], rounds: int, row_s: float = 0.04) -> list[Measurement]:
-    """A row a size, ascending: medians over short repetitions, sizes up and down in turns.
-
-    Of `rounds` repetitions those count, half of them, in which other programs took least of the machine (`waited`).
-    """
+def measure_here(sizes: Sequence[int], rounds: int, row_s: float = 0.04) -> list[list[Measurement]]:
+    """`rounds` rows a size, sizes ascending; measured up and down in turns."""
     forward = [Trial(AllReduce(size, 2), "gloo") for size in sizes]
     order = [trial for number in range(rounds) for trial in (forward if number % 2 == 0 else forward[::-1])]
     until = time.monotonic() + 60 + 10 * len(order) * row_s
@@ -81,7 +85,12 @@ def measure_here(sizes: Sequence[int], rounds: int, row_s: float = 0.04) -> list
         if not row.works:
             raise TurbopumpError(f"{row.key}: {row.problem}")
         by_size[int(row.op["bytes"])].append(row)
-    return [_of_quiet(found) for _, found in sorted(by_size.items())]
+    return [found for _, found in sorted(by_size.items())]
+
+
+def _least(found: Sequence[Measurement]) -> Measurement:
+    least = min(found, key=lambda row: row.min_s or row.seconds)
+    return replace(least, median_s=least.min_s or least.seconds)
 
 
 def _of_quiet(found: Sequence[Measurement]) -> Measurement:

@@ -17,7 +17,7 @@ def products(count: int, tier: int = 0, *, first: int = 0, dtype: str = "fp32", 
 
 
 def row_of(trial: Trial, *, seconds: float = 1e-3, spread: float = 0.02, waited: float = 0.01, **more) -> Measurement:
-    timing = Timing("thread_cpu", 20, 3, seconds, seconds * (1 + spread / 2), seconds * (1 + spread), seconds, waited)
+    timing = Timing("wall", 20, 3, seconds, seconds * (1 + spread / 2), seconds * (1 + spread), seconds, waited)
     return Measurement.of(trial, "compute", timing, library="fake 1.0", **more)
 
 

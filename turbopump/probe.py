@@ -281,7 +281,7 @@ def _finish(
             "Probe again when the machine has less to do, or take them with --overwrite"
         )
     return Outcome(
-        profile, output, _write_page(profile, output), session.measured, session.repeated, session.resumed,
+        profile, output, _write_page(profile, output), len(session.looks), session.repeated, session.resumed,
         journal.begun, session.elapsed_s, joined, comparison, tuple(_failures(session)),
     )  # fmt: skip
 

@@ -84,15 +84,12 @@ def test_rows_of_the_parts(tmp_path):
     assert search.value == 1.5 and search.runs == 1
 
 
-def test_own_runs_are_compared_by_both_profiles():
-    def compared(runs, profile):
-        return [SimpleNamespace(name=run, error=-0.2 if len(profile) == 2 else 0.1) for run in runs]
-
+def test_own_runs_are_judged_by_both_profiles():
+    run = lambda error: SimpleNamespace(name="a", error=error)  # noqa: E731
+    found = SimpleNamespace(generic=[run(0.3), run(-0.1)], probed=[run(0.1), run(-0.1)])
     module = SimpleNamespace(
-        dataset_of=lambda d: d / "text", recipes=lambda data, quick: ["a", "b"] if quick else [],
-        generic_rows=lambda every: ["g"], comms_rows=lambda: ["c"], own_rows=lambda configs: ["o"],
-        measured=lambda config, d: config, profile_of=list, compared=compared,
-        mean_error=lambda found: sum(abs(f.error) for f in found) / len(found),
+        own_runs=lambda quick: found, table=lambda found: "table",
+        mean_error=lambda results: sum(abs(r.error) for r in results) / len(results),
     )  # fmt: skip
     generic, probed = plan.own_rows(module, True)
     assert (generic.id, generic.value, generic.runs) == ("plan.own_generic", pytest.approx(0.2), 2)

@@ -50,8 +50,8 @@ def test_the_advised_budget_is_one_to_type_and_larger_than_what_is_needed():
     def groups(seconds):
         return [budget.Group("compute", "Gemm", "fp32", 9, 9, 1, 9, seconds)]
 
-    assert budget.advised(10, groups(5)) == "30s"
-    assert budget.advised(30, groups(60)) == "2m"
-    assert budget.advised(300, groups(3000)) == "2h"
-    assert budget.advised(300, groups(100_000)) == "38h"
-    assert budget.advised(10, groups(5000), tier=0) == "30s"
+    assert budget.advised(5, groups(5)) == "30s"
+    assert budget.advised(30, groups(60)) == "5m"
+    assert budget.advised(300, groups(1500)) == "2h"
+    assert budget.advised(300, groups(100_000)) == "67h"
+    assert budget.advised(5, groups(5000), tier=0) == "30s"

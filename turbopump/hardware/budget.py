@@ -19,8 +19,9 @@ SHARES: Mapping[str, float] = {"compute": 0.6, "data": 0.25, "comms": 0.15}
 LEAST_S: Mapping[str, float] = {"comms": 9.0, "data": 4.0}
 """What a turn needs to be of any use (processes to start, a file to write), where there is as much to spare."""
 MOST_OF_LEAST = 0.4  # of the time left
-REPEATS_SHARE = 0.1  # of the budget, for noisy rows; what they do not need goes to the rows left out
-MOST_REPEATS = 2
+AGAIN_SHARE = 0.5  # of the budget, to measure rows again; what they do not need goes to the rows left out
+MOST_REPEATS = 2  # of noisy rows
+MOST_LOOKS = 4  # at a row
 LEAST_ROW_S, MOST_ROW_S = 0.03, 0.5  # a settled median ends a row sooner; below the least there are too few blocks
 MEASURING_SHARE = 0.5  # of the time of a row: the other half makes inputs, warms up and finds the error
 BUDGETS_S = (30, 60, 120, 300, 600, 900, 1200, 1800, 2700, 3600, 7200, 14400, 28800)
@@ -93,7 +94,7 @@ def advised(spent_s: float, groups: Sequence[Group], tier: int | None = None) ->
     """A budget, as one types it, in which also these groups (up to `tier`) should fit."""
     wanted = [g.seconds * (1.0 if tier is None else g.left_in_tier / g.left) for g in groups
               if tier is None or g.tier <= tier]  # fmt: skip
-    needed_s = 1.2 * (spent_s + sum(wanted)) / (1 - REPEATS_SHARE)
+    needed_s = 1.2 * (spent_s + sum(wanted)) / (1 - AGAIN_SHARE)
     budget_s = next((known for known in BUDGETS_S if known >= needed_s), 3600 * math.ceil(needed_s / 3600))
     if budget_s < 60:
         return f"{budget_s}s"
