@@ -13,6 +13,7 @@ import importlib
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 
@@ -157,7 +158,9 @@ def own_rows(module: ModuleType, quick: bool) -> Iterator[Row]:
     note(module.table(found))
     for row_id, results in (("plan.own_generic", found.generic), ("plan.own_probed", found.probed)):
         errors = [abs(result.error) for result in results]
-        yield _row(row_id, module.mean_error(results), len(errors), (min(errors), max(errors)))
+        peers = {"after calibration, leave one out": module.mean_error(found.calibrated)} if "probed" in row_id else {}
+        row = _row(row_id, module.mean_error(results), len(errors), (min(errors), max(errors)))
+        yield replace(row, peers=peers)
 
 
 def search_rows(module: ModuleType, quick: bool) -> Iterator[Row]:

@@ -327,12 +327,14 @@ def _family(config: Config) -> str:
 
 
 def _joined(before: Sequence[Measurement], after: Sequence[Measurement]) -> list[Measurement]:
-    """Rows measured twice: the faster, which other work disturbed less."""
-    rows: dict[str, Measurement] = {}
-    for row in (*before, *after):
-        if row.key not in rows or row.seconds < rows[row.key].seconds:
-            rows[row.key] = row
-    return list(rows.values())
+    """Rows measured before and after a run: the mean of the two, since the run lay between them."""
+    later = {row.key: row for row in after}
+    return [_between(row, later[row.key]) if row.key in later else row for row in before]
+
+
+def _between(a: Measurement, b: Measurement) -> Measurement:
+    flushed = [row.flushed_s for row in (a, b) if row.flushed_s is not None]
+    return replace(a, median_s=(a.seconds + b.seconds) / 2, flushed_s=sum(flushed) / len(flushed) if flushed else None)
 
 
 @contextmanager

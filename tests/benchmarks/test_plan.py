@@ -86,7 +86,7 @@ def test_rows_of_the_parts(tmp_path):
 
 def test_own_runs_are_judged_by_both_profiles():
     run = lambda error: SimpleNamespace(name="a", error=error)  # noqa: E731
-    found = SimpleNamespace(generic=[run(0.3), run(-0.1)], probed=[run(0.1), run(-0.1)])
+    found = SimpleNamespace(generic=[run(0.3), run(-0.1)], probed=[run(0.1), run(-0.1)], calibrated=[run(0.05)])
     module = SimpleNamespace(
         own_runs=lambda quick: found, table=lambda found: "table",
         mean_error=lambda results: sum(abs(r.error) for r in results) / len(results),
@@ -94,6 +94,7 @@ def test_own_runs_are_judged_by_both_profiles():
     generic, probed = plan.own_rows(module, True)
     assert (generic.id, generic.value, generic.runs) == ("plan.own_generic", pytest.approx(0.2), 2)
     assert (probed.id, probed.value) == ("plan.own_probed", pytest.approx(0.1))
+    assert list(probed.peers.values()) == [pytest.approx(0.05)] and not generic.peers
 
 
 def test_without_tables_the_rows_are_absent_and_said_so(tmp_path, monkeypatch, capsys):
