@@ -16,8 +16,9 @@ def products(count: int, tier: int = 0, *, first: int = 0, dtype: str = "fp32", 
     return [Trial(Gemm(64 + n, 64, 64, dtype), route, tier=tier) for n in range(first, first + count)]
 
 
-def row_of(trial: Trial, *, seconds: float = 1e-3, spread: float = 0.02, waited: float = 0.01, **more) -> Measurement:
-    timing = Timing("wall", 20, 3, seconds, seconds * (1 + spread / 2), seconds * (1 + spread), seconds, waited)
+def row_of(trial: Trial, *, seconds: float = 1e-3, spread: float = 0.02, waited: float = 0.01,
+           clock: str = "wall", **more) -> Measurement:  # fmt: skip
+    timing = Timing(clock, 20, 3, seconds, seconds * (1 + spread / 2), seconds * (1 + spread), seconds, waited)
     return Measurement.of(trial, "compute", timing, library="fake 1.0", **more)
 
 
@@ -36,6 +37,9 @@ class Fake:
     log: Path | None = None
     requests: list[Request] = field(default_factory=list)
     put_back: int = 0
+    clock: str = "wall"
+    looks_s: list[float] = field(default_factory=list)
+    """Seconds of a key's 1st, 2nd ... row, where they differ."""
 
     def trials(self, request: Request) -> list[Trial]:
         self.requests.append(request)
@@ -59,6 +63,8 @@ class Fake:
                 time.sleep(self.row_s)
                 spreads = self.noisy.get(trial.key, [0.02])
                 spread = spreads[min(self.asked.count(trial.key), len(spreads)) - 1]
-                yield row_of(trial, seconds=self.seconds, spread=spread)
+                looks_s = self.looks_s or [self.seconds]
+                seconds = looks_s[min(self.asked.count(trial.key), len(looks_s)) - 1]
+                yield row_of(trial, seconds=seconds, spread=spread, clock=self.clock)
         finally:
             self.put_back += 1

@@ -147,6 +147,14 @@ def test_noisy_rows_are_repeated_twice_at_most_and_the_least_noisy_is_kept(outpu
     assert outcome.repeated == 3 and outcome.profile.quality["noisy"] == pytest.approx(1 / 3)
 
 
+def test_rows_of_the_cpu_clock_are_looked_at_four_times_and_the_shortest_is_kept(output):
+    trials = products(3)
+    bench = Fake(trials, clock="thread_cpu", looks_s=[2e-3, 1e-3, 3e-3, 4e-3])
+    outcome = run(output, bench)
+    assert [bench.asked.count(trial.key) for trial in trials] == [4, 4, 4] and outcome.measured == 3
+    assert [row.seconds for row in outcome.profile.rows] == pytest.approx([1e-3 * 1.01] * 3)
+
+
 def test_a_good_row_is_kept_where_the_new_one_is_noisy_unless_told(output):
     trials = products(8)
     first = run(output, Fake(trials)).profile

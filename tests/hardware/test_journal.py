@@ -7,7 +7,17 @@ import pytest
 
 from tests.fake_domains import products, row_of
 from turbopump.core.errors import ProfileError, RunDirectoryError
-from turbopump.hardware.journal import Header, Journal, compare, join, journal_path, quality, read_journal, replaces
+from turbopump.hardware.journal import (
+    Header,
+    Journal,
+    compare,
+    join,
+    journal_path,
+    nearer,
+    quality,
+    read_journal,
+    replaces,
+)
 from turbopump.hardware.profile import Measurement
 
 HEADER = Header("A processor", "0123", {"torch": "2.13.0"}, "/data", "2026-11-23T10:00:00+0000")
@@ -59,6 +69,16 @@ def test_the_less_noisy_of_rows_measured_twice_is_resumed(path):
             journal.append(row_of(trial, spread=spread))
     with Journal(path, HEADER) as journal:
         assert [row.spread for row in journal.resumed.values()] == pytest.approx([GOOD], rel=0.05)
+
+
+def test_on_the_cpu_clock_the_shorter_row_is_nearer_unless_it_is_noisy():
+    trial = products(1)[0]
+    short, long, loud = (row_of(trial, seconds=seconds, spread=spread, clock="thread_cpu")
+                         for seconds, spread in ((1e-3, 0.1), (2e-3, GOOD), (5e-4, BAD)))  # fmt: skip
+    assert nearer(long, short) is short and nearer(short, long) is short
+    assert nearer(short, loud) is short and nearer(loud, short) is short
+    waiting = replace(short, clock="wall")
+    assert nearer(waiting, replace(long, clock="wall")).seconds == long.seconds  # the quieter
 
 
 @pytest.mark.parametrize(
