@@ -8,7 +8,6 @@ What a table leaves unsaid is written here, once, with the reason. A row that is
 
 from __future__ import annotations
 
-import csv
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -22,6 +21,7 @@ from turbopump.core.errors import UsageError
 from turbopump.planner.cases import Case, Cases, DecoderShape, ParallelDims, Recompute
 from turbopump.planner.memory import GIB, SOFTWARE, MemoryUse, Software, memory_bytes
 from turbopump.planner.rates import check_sizes
+from turbopump.planner.tables import lines_of
 
 Row = Mapping[str, str]
 Quantity = Literal["peak", "states", "activations", "activations_relative"]
@@ -59,16 +59,7 @@ class MemoryTable:
 def read(path: Path) -> MemoryTable:
     """The table at `path`, known by its name; raises `UsageError` for another name, a missing file or column."""
     name = path.stem
-    if name not in COLUMNS:
-        raise UsageError(f"{path}: no such table of memory (known: {', '.join(COLUMNS)})")
-    try:
-        with path.open(encoding="utf-8", newline="") as file:
-            reader = csv.DictReader(file)
-            lines, columns = list(reader), tuple(reader.fieldnames or ())
-    except (OSError, UnicodeDecodeError, csv.Error) as error:
-        raise UsageError(f"cannot read {path}: {error}") from error
-    if missing := [column for column in COLUMNS[name] if column not in columns]:
-        raise UsageError(f"{path} lacks {', '.join(missing)}: it needs the columns {', '.join(COLUMNS[name])}")
+    lines = lines_of(path, COLUMNS, "memory")
     rows: list[MeasuredMemory] = []
     problems: list[str] = []
     for number, line in enumerate(lines, 2):

@@ -9,7 +9,7 @@ cannot be understood becomes a `problem` with the reason, not an error: tables g
 from __future__ import annotations
 
 import csv
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -78,19 +78,26 @@ def names() -> tuple[str, ...]:
     return tuple(COLUMNS)
 
 
-def read(path: Path) -> Table:
-    """The table at `path`, known by its name; raises `UsageError` for another name, a missing file or column."""
-    name = path.stem
-    if name not in COLUMNS:
-        raise UsageError(f"{path}: no such table of step times (known: {', '.join(COLUMNS)})")
+def lines_of(path: Path, known: Mapping[str, Sequence[str]], what: str) -> list[dict[str, str]]:
+    """The lines of a table that `known` has the columns of, by its name; raises `UsageError` as `read` does."""
+    if path.stem not in known:
+        raise UsageError(f"{path}: no such table of {what} (known: {', '.join(known)})")
     try:
         with path.open(encoding="utf-8", newline="") as file:
             reader = csv.DictReader(file)
             lines, columns = list(reader), tuple(reader.fieldnames or ())
     except (OSError, UnicodeDecodeError, csv.Error) as error:
         raise UsageError(f"cannot read {path}: {error}") from error
-    if missing := [column for column in COLUMNS[name] if column not in columns]:
-        raise UsageError(f"{path} lacks {', '.join(missing)}: it needs the columns {', '.join(COLUMNS[name])}")
+    needed = known[path.stem]
+    if missing := [column for column in needed if column not in columns]:
+        raise UsageError(f"{path} lacks {', '.join(missing)}: it needs the columns {', '.join(needed)}")
+    return lines
+
+
+def read(path: Path) -> Table:
+    """The table at `path`, known by its name; raises `UsageError` for another name, a missing file or column."""
+    name = path.stem
+    lines = lines_of(path, COLUMNS, "step times")
     rows: list[Measured] = []
     problems: list[str] = []
     for number, line in enumerate(lines, 2):
