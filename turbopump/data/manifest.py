@@ -19,7 +19,7 @@ import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from turbopump.core.errors import CorruptDataError, DatasetError
 from turbopump.core.files import digest, from_json, to_json
@@ -31,16 +31,26 @@ DTYPES = ("uint8", "uint16", "uint32", "uint64", "int8", "int16", "int32", "int6
 _ITEM_BYTES = {name: int("".join(filter(str.isdigit, name))) // 8 for name in DTYPES}
 
 
+FieldKind = Literal["array", "ragged", "bytes", "text"]
+
+
 @dataclass(frozen=True)
 class Field:
-    """One value of a record: a number (`shape` empty) or an array of fixed shape."""
+    """One value of a record, by `kind`: a number or array of fixed shape (`array`), an array whose first axis differs
+    from row to row and whose others are `shape` (`ragged`), `bytes`, or UTF-8 (`text`; both of dtype uint8).
+
+    `media` tells how bytes are encoded (`image`, `audio`), where somebody decodes them.
+    """
 
     name: str
     dtype: str
     shape: tuple[int, ...] = ()
+    kind: FieldKind = "array"
+    media: Literal["", "image", "audio"] = ""
 
     @property
     def row_bytes(self) -> int:
+        """Bytes of a row, and of one element of the first axis where rows differ in length."""
         return _ITEM_BYTES[self.dtype] * math.prod(self.shape)
 
 
