@@ -25,9 +25,9 @@ from turbopump.core.errors import DatasetError, UsageError
 from turbopump.data import corpus, text
 from turbopump.data.arrays import pack_arrays, read_array_files, rows_of
 from turbopump.data.corpus import BadTextError, Piece
-from turbopump.data.format import DatasetWriter, check_destination
 from turbopump.data.manifest import Field, Manifest
 from turbopump.data.processes import become_helper
+from turbopump.data.writer import DatasetWriter, check_destination
 
 PARTITION_BYTES = 1 << 21
 BPE_SAMPLE_BYTES = 8_000_000

@@ -9,11 +9,11 @@ import pytest
 from turbopump.core import plugins
 from turbopump.core.errors import DatasetError, MissingDependencyError, UsageError
 from turbopump.data.digits import DigitsConfig
-from turbopump.data.format import DatasetWriter
 from turbopump.data.manifest import Field
 from turbopump.data.sources import ARRAYS, DIGITS, TOKENS, TONES, ArraysConfig, TokensConfig
 from turbopump.data.text import ByteTokenizer, tokenizer_entry
 from turbopump.data.tones import TonesConfig, tones_shape
+from turbopump.data.writer import DatasetWriter
 from turbopump.pack import pack
 
 

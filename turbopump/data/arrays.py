@@ -10,9 +10,9 @@ from typing import Any
 import numpy as np
 
 from turbopump.core.errors import DatasetError, UsageError
-from turbopump.data.format import DatasetWriter
 from turbopump.data.manifest import DTYPES, Field, Manifest
 from turbopump.data.order import held_out
+from turbopump.data.writer import DatasetWriter
 
 ROWS_AT_ONCE = 1024
 

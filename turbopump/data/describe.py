@@ -8,9 +8,14 @@ from typing import Any
 import numpy as np
 
 from turbopump.data.format import Dataset, open_dataset
+from turbopump.data.manifest import Field
+from turbopump.data.ragged import Ragged
 from turbopump.data.text import load_tokenizer
 
 SAMPLE_TOKENS = 64
+SHOWN_BYTES = 60
+SHOWN_NUMBERS = 8
+_UNITS = {"bytes": "bytes", "text": "characters"}
 
 
 def describe_dataset(path: Path | str) -> dict[str, Any]:
@@ -18,7 +23,8 @@ def describe_dataset(path: Path | str) -> dict[str, Any]:
 
     `splits[name]` has `rows`, `bytes` (on disk), `shards` and, for tokens, `source_bytes`, `bytes_per_token`,
     `documents`, `document_sizes` (a list of (largest size in tokens, documents), in powers of two) and `sample` (the
-    first tokens decoded); for arrays `sample` is the first row as text. Raises `DatasetError` or `CorruptDataError`.
+    first tokens decoded); for arrays `sample` is the first row as text, and `sizes` the rows by length. Raises
+    `DatasetError` or `CorruptDataError`.
     """
     dataset = open_dataset(path)
     manifest = dataset.manifest
@@ -33,11 +39,19 @@ def describe_dataset(path: Path | str) -> dict[str, Any]:
         "skipped": manifest.skipped,
         "bytes": manifest.bytes,
         "rows": manifest.rows,
-        "fields": [{"name": f.name, "dtype": f.dtype, "shape": list(f.shape)} for f in manifest.fields],
+        "fields": [_field(item) for item in manifest.fields],
+        "labels": {name: list(words) for name, words in manifest.labels.items()},
         "tokenizer": tokenizer and {"kind": tokenizer.kind, "vocab_size": tokenizer.vocab_size,
                                     "digest": tokenizer.digest},
         "splits": {name: _split(dataset, name) for name in manifest.splits},
     }  # fmt: skip
+
+
+def _field(item: Field) -> dict[str, Any]:
+    described: dict[str, Any] = {"name": item.name, "dtype": item.dtype, "shape": list(item.shape)}
+    if item.kind != "array":
+        described["kind"] = item.kind
+    return {**described, "media": item.media} if item.media else described
 
 
 def _split(dataset: Dataset, name: str) -> dict[str, Any]:
@@ -48,6 +62,8 @@ def _split(dataset: Dataset, name: str) -> dict[str, Any]:
         "shards": len(entry.shards),
         "sample": _sample(dataset, name) if entry.rows else "",
     }
+    if sizes := _sizes(dataset, name):
+        described["sizes"] = sizes
     if dataset.manifest.kind == "tokens":
         described["source_bytes"] = entry.source_bytes
         described["bytes_per_token"] = entry.source_bytes / entry.rows if entry.rows else 0.0
@@ -57,18 +73,30 @@ def _split(dataset: Dataset, name: str) -> dict[str, Any]:
 
 
 def _sample(dataset: Dataset, name: str) -> str:
-    last = np.array([min(SAMPLE_TOKENS, dataset.split(name).shards[0].rows) - 1])
+    data = dataset.data(name)
     tokenizer = load_tokenizer(dataset.path, dataset.manifest)
     if tokenizer is not None:
-        column = dataset.column(name, 0)
-        column.check_rows(np.zeros(1, np.int64), last)
-        return tokenizer.decode(column.values[: int(last[0]) + 1])
-    first = np.zeros(1, np.int64)
-    rows = []
+        return tokenizer.decode(data.windows([0], min(SAMPLE_TOKENS, len(data)))[0])
+    values = zip(dataset.manifest.fields, data.batch([0]), strict=True)
+    return "\n".join(f"{field.name}: {_shown(field, column)}" for field, column in values)
+
+
+def _shown(field: Field, column: np.ndarray | Ragged) -> str:
+    """The first value of a column: a few of its numbers, or the beginning of its bytes or text."""
+    value = column[0]
+    if field.kind in ("bytes", "text"):
+        return f"{value[:SHOWN_BYTES]!r}{'...' if len(value) > SHOWN_BYTES else ''} ({len(value)} {_UNITS[field.kind]})"
+    numbers = value.ravel()
+    more = ", ..." if len(numbers) > SHOWN_NUMBERS else ""
+    return f"{', '.join(map(str, numbers[:SHOWN_NUMBERS].tolist()))}{more} (shape {list(value.shape)})"
+
+
+def _sizes(dataset: Dataset, name: str) -> dict[str, list[tuple[int, int]]]:
+    """For each field whose rows differ in length: (largest length, rows), in powers of two."""
+    data = dataset.data(name)
+    sizes = {}
     for number, field in enumerate(dataset.manifest.fields):
-        column = dataset.column(name, 0, number)
-        column.check_rows(first, first)
-        values = column.values[0].ravel()
-        more = ", ..." if len(values) > 8 else ""
-        rows.append(f"{field.name} {list(field.shape)}: {', '.join(map(str, values[:8].tolist()))}{more}")
-    return "\n".join(rows)
+        if not field.fixed:
+            bits = np.ceil(np.log2(np.maximum(data.lengths(number), 1))).astype(int)
+            sizes[field.name] = [(1 << bit, int(count)) for bit, count in enumerate(np.bincount(bits)) if count]
+    return sizes

@@ -1,35 +1,37 @@
 """`manifest.json` of a dataset directory: what is in it, typed, checked on reading, printed the same every time.
 
-    {"schema_version": 1, "turbopump_version": ..., "kind": "tokens" | "arrays", "block_bytes": 262144,
-     "fields": [{"name": "tokens", "dtype": "uint16", "shape": []}],
-     "tokenizer": {"kind": "bpe", "vocab_size": 4096, "file": "tokenizer.json", "digest": ...} | null,
-     "sources": ["stdlib"], "skipped": 4,
+    {"kind": "tokens" | "arrays", "block_bytes": 4096,
+     "fields": [{"name": "tokens", "dtype": "uint16", "shape": [], "kind": "array", "media": ""}],
      "splits": {"train": {"rows": ..., "source_bytes": ..., "documents": ..., "document_sizes": {...},
-                          "shards": [{"file": ..., "rows": ..., "bytes": ..., "xxh3": ...,
-                                      "columns": [{"offset": ..., "bytes": ..., "checksums": [...]}]}]}},
-     "digest": <XXH3-64 of all the above>}
+                          "shards": [{"file": ..., "rows": ..., "bytes": ..., "xxh3": ..., "sums_xxh3": ...,
+                                      "buffers": [[offset, bytes], ...]}]}},
+     "tokenizer": {"kind": "bpe", "vocab_size": 4096, "file": "tokenizer.json", "digest": ...} | null,
+     "sources": ["stdlib"], "skipped": 4, "labels": {"label": ["cat", "dog"]}, "schema_version": 2,
+     "turbopump_version": ..., "digest": <XXH3-64 of all the above>}
 
+The block checksums of a split are `<split>.sums`: uint64 for each block of each buffer of each shard, in that order.
 No date and no path of the machine: the same input gives the same bytes. The digest covers the manifest itself.
 """
 
 from __future__ import annotations
 
-import dataclasses
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from turbopump.core.errors import CorruptDataError, DatasetError
-from turbopump.core.files import digest, from_json, to_json
+from turbopump.core.files import digest, from_json, from_json_as, to_json
 from turbopump.core.version import VERSION
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 MANIFEST_NAME = "manifest.json"
 DTYPES = ("uint8", "uint16", "uint32", "uint64", "int8", "int16", "int32", "int64", "float16", "float32", "float64")
 _ITEM_BYTES = {name: int("".join(filter(str.isdigit, name))) // 8 for name in DTYPES}
-
+_MOST = 1 << 62
+_TINY = 1 << 31  # of one element's shape
 
 FieldKind = Literal["array", "ragged", "bytes", "text"]
 
@@ -51,27 +53,35 @@ class Field:
     @property
     def row_bytes(self) -> int:
         """Bytes of a row, and of one element of the first axis where rows differ in length."""
-        return _ITEM_BYTES[self.dtype] * math.prod(self.shape)
+        return self.item_bytes * math.prod(self.shape)
 
+    @property
+    def item_bytes(self) -> int:
+        """Bytes of one number."""
+        return _ITEM_BYTES[self.dtype]
 
-@dataclass(frozen=True)
-class ColumnEntry:
-    """Where the raw values of one field lie in a shard; `checksums` are XXH3-64, one for each block of bytes."""
-
-    offset: int
-    bytes: int
-    checksums: tuple[str, ...]
+    @property
+    def fixed(self) -> bool:
+        """Whether all rows have the same size: a shard then has one buffer for it, else offsets and values."""
+        return self.kind == "array"
 
 
 @dataclass(frozen=True)
 class ShardEntry:
-    """One Arrow IPC file; `bytes` is the file's size and `xxh3` the digest of all of it."""
+    """One Arrow IPC file: `bytes` is its size, `xxh3` the digest of all of it, `sums_xxh3` that of its block checksums.
+
+    `buffers` holds (offset, bytes) in the file for the values of each field, or for its int64 offsets and its values.
+    """
 
     file: str
     rows: int
     bytes: int
     xxh3: str
-    columns: tuple[ColumnEntry, ...]
+    sums_xxh3: str
+    buffers: tuple[tuple[int, int], ...]
+
+    def num_blocks(self, block_bytes: int) -> int:
+        return sum(-(-size // block_bytes) for _, size in self.buffers)
 
 
 @dataclass(frozen=True)
@@ -96,6 +106,8 @@ class TokenizerEntry:
 
 @dataclass(frozen=True)
 class Manifest:
+    """`labels` gives names to the numbers of a field, e.g. the classes of a folder of images."""
+
     kind: str
     block_bytes: int
     fields: tuple[Field, ...]
@@ -103,6 +115,7 @@ class Manifest:
     tokenizer: TokenizerEntry | None = None
     sources: tuple[str, ...] = ()
     skipped: int = 0
+    labels: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     schema_version: int = SCHEMA_VERSION
     turbopump_version: str = VERSION
 
@@ -110,18 +123,36 @@ class Manifest:
     def rows(self) -> int:
         return sum(split.rows for split in self.splits.values())
 
-    @property
+    @cached_property
     def digest(self) -> str:
         """XXH3-64 of everything the manifest says, and with it of all the data (it holds their digests)."""
-        return digest(to_json(dataclasses.asdict(self)))
+        return digest(to_json(self._table()))
 
     def dumps(self) -> bytes:
-        return to_json({**dataclasses.asdict(self), "digest": self.digest}, indent=True)
+        return to_json({**self._table(), "digest": self.digest}, indent=True)
+
+    def _table(self) -> dict[str, object]:
+        return {name: getattr(self, name) for name in self.__dataclass_fields__}
 
     @property
     def bytes(self) -> int:
         """Bytes of all shards on disk."""
         return sum(shard.bytes for split in self.splits.values() for shard in split.shards)
+
+    def field(self, name: str) -> int:
+        """The number of the field `name`; raises `DatasetError` naming those there are."""
+        names = [item.name for item in self.fields]
+        if name not in names:
+            raise DatasetError(f"no field {name!r} in the dataset (it has: {', '.join(names)})")
+        return names.index(name)
+
+
+def sums_name(split: str) -> str:
+    return f"{split}.sums"
+
+
+def num_buffers(fields: tuple[Field, ...]) -> int:
+    return sum(1 if item.fixed else 2 for item in fields)
 
 
 def read_manifest(path: Path) -> Manifest:
@@ -136,87 +167,93 @@ def read_manifest(path: Path) -> Manifest:
         raise DatasetError(missing_message(path)) from error
     except OSError as error:
         raise DatasetError(f"cannot read {file}: {error.strerror or error}") from error
+    return parse_manifest(data, str(file), str(path))
+
+
+def parse_manifest(data: bytes, file: str, path: str) -> Manifest:
+    """The manifest in `data`; `file` and `path` name it in errors."""
+    try:
+        manifest = from_json_as(data, Manifest)
+        header = {"schema_version": manifest.schema_version, "turbopump_version": manifest.turbopump_version}
+    except ValueError as error:
+        header = _header(data, file, path)
+        if header["schema_version"] == SCHEMA_VERSION:
+            raise CorruptDataError(f"{file} is not usable: {error}; pack the dataset again") from error
+    if header["schema_version"] != SCHEMA_VERSION:
+        raise DatasetError(
+            f"{file} has schema version {header['schema_version']!r} (written by turbopump "
+            f"{header.get('turbopump_version', '?')}); this is turbopump {VERSION}, which reads version "
+            f"{SCHEMA_VERSION}: pack the data again, or use the version that wrote it"
+        )
+    if _header(data, file, path).get("digest") != manifest.digest:
+        raise CorruptDataError(f"{file} is damaged: its content differs from its own digest; pack the dataset again")
+    try:
+        _check(manifest)
+    except ValueError as error:
+        raise CorruptDataError(f"{file} is not usable: {error}; pack the dataset again") from error
+    return manifest
+
+
+def _header(data: bytes, file: str, path: str) -> dict[str, object]:
+    """The table as it stands; raises where it is not even a manifest."""
     try:
         table = from_json(data)
     except ValueError as error:
         raise CorruptDataError(f"{file} is damaged (not valid JSON: {error}): pack the dataset again") from error
     if not isinstance(table, dict) or "schema_version" not in table:
         raise DatasetError(f"{file} is not the manifest of a turbopump dataset: {_how_to_make(path)}")
-    if table["schema_version"] != SCHEMA_VERSION:
-        raise DatasetError(
-            f"{file} has schema version {table['schema_version']!r} (written by turbopump "
-            f"{table.get('turbopump_version', '?')}); this is turbopump {VERSION}, which reads version "
-            f"{SCHEMA_VERSION}: pack the data again, or use the version that wrote it"
-        )
-    stored = table.pop("digest", None)
-    if stored != digest(to_json(table)):
-        raise CorruptDataError(f"{file} is damaged: its content differs from its own digest; pack the dataset again")
-    try:
-        return _parse(table)
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
-        raise CorruptDataError(f"{file} is not usable: {error!r}; pack the dataset again") from error
+    return table
 
 
-def missing_message(path: Path) -> str:
-    what = "a folder without manifest.json" if path.is_dir() else "not there"
+def missing_message(path: Path | str) -> str:
+    what = "a folder without manifest.json" if Path(path).is_dir() else "not there"
     return f"no dataset at {path} ({what}): {_how_to_make(path)}"
 
 
-def _how_to_make(path: Path) -> str:
+def _how_to_make(path: Path | str) -> str:
     return f"make one with `turbopump pack SOURCE... {path}` (SOURCE: text files, a folder, stdlib, a .npz file)"
 
 
-def _parse(table: dict[str, Any]) -> Manifest:
-    fields = tuple(Field(_text(f["name"]), _dtype(f["dtype"]), tuple(map(_count, f["shape"]))) for f in table["fields"])
-    block_bytes = _count(table["block_bytes"])
-    if not fields or not block_bytes:
-        raise ValueError("no fields or block_bytes of 0")
-    splits = {_file_name(name): _split(entry, fields, block_bytes) for name, entry in table["splits"].items()}
-    entry = table["tokenizer"]
-    tokenizer = None
-    if entry is not None:
-        tokenizer = TokenizerEntry(
-            _text(entry["kind"]), _count(entry["vocab_size"]), _file_name(entry["file"]), _text(entry["digest"])
-        )
-    return Manifest(
-        _text(table["kind"]), block_bytes, fields, splits, tokenizer, tuple(map(_text, table["sources"])),
-        _count(table["skipped"]), SCHEMA_VERSION, _text(table["turbopump_version"]),
-    )  # fmt: skip
+def _check(manifest: Manifest) -> None:
+    """Raises `ValueError` for what no writer of ours would say, so that readers need not doubt a number again."""
+    if not 64 <= manifest.block_bytes <= _MOST:
+        raise ValueError(f"block_bytes is {manifest.block_bytes}")
+    names = [item.name for item in manifest.fields]
+    if not names or len(set(names)) != len(names):
+        raise ValueError(f"fields are {names}")
+    for item in manifest.fields:
+        if item.dtype not in DTYPES or not all(0 < size < _TINY for size in item.shape) or len(item.shape) > 32:
+            raise ValueError(f"field {item.name!r} has dtype {item.dtype!r} and shape {item.shape}")
+        if item.row_bytes > _MOST or (item.kind in ("bytes", "text") and (item.dtype != "uint8" or item.shape)):
+            raise ValueError(f"field {item.name!r} of kind {item.kind} has dtype {item.dtype!r} and shape {item.shape}")
+    if manifest.tokenizer is not None:
+        _check_file(manifest.tokenizer.file)
+    if manifest.kind == "tokens" and (
+        len(names) != 1 or manifest.fields[0].kind != "array" or manifest.fields[0].shape
+    ):
+        raise ValueError(f"a dataset of tokens has one field of numbers, not {names}")
+    for name, split in manifest.splits.items():
+        _check_file(name)
+        for shard in split.shards:
+            _check_shard(shard, manifest)
+        if split.rows != sum(shard.rows for shard in split.shards):
+            raise ValueError(f"{split.rows} rows in {name!r}, but its shards hold another number")
 
 
-def _split(entry: dict[str, Any], fields: tuple[Field, ...], block_bytes: int) -> SplitEntry:
-    shards = tuple(_shard(shard, fields, block_bytes) for shard in entry["shards"])
-    sizes = {_text(key): _count(count) for key, count in entry["document_sizes"].items()}
-    rows = _count(entry["rows"])
-    if rows != sum(shard.rows for shard in shards):
-        raise ValueError(f"{rows} rows, but the shards hold {sum(shard.rows for shard in shards)}")
-    return SplitEntry(rows, _count(entry["source_bytes"]), _count(entry["documents"]), sizes, shards)
+def _check_shard(shard: ShardEntry, manifest: Manifest) -> None:
+    _check_file(shard.file)
+    if len(shard.buffers) != num_buffers(manifest.fields) or not 0 < shard.rows < _MOST or not 0 <= shard.bytes < _MOST:
+        raise ValueError(f"{shard.file} has {len(shard.buffers)} buffers, {shard.rows} rows and {shard.bytes} bytes")
+    rest = iter(shard.buffers)
+    for item in manifest.fields:
+        sizes = [shard.rows * item.row_bytes] if item.fixed else [8 * (shard.rows + 1), None]
+        for expected in sizes:
+            offset, size = next(rest)
+            wrong = size != expected if expected is not None else size % item.row_bytes
+            if wrong or offset < 0 or size < 0 or offset + size > shard.bytes:
+                raise ValueError(f"field {item.name!r} of {shard.file} does not fit its shard")
 
 
-def _shard(entry: dict[str, Any], fields: tuple[Field, ...], block_bytes: int) -> ShardEntry:
-    file, rows, size = _file_name(entry["file"]), _count(entry["rows"]), _count(entry["bytes"])
-    if len(entry["columns"]) != len(fields):
-        raise ValueError(f"{file} has {len(entry['columns'])} columns for {len(fields)} fields")
-    columns = []
-    for item, column in zip(fields, entry["columns"], strict=True):
-        offset, length = _count(column["offset"]), _count(column["bytes"])
-        checksums = tuple(map(_text, column["checksums"]))
-        if length != rows * item.row_bytes or offset + length > size or len(checksums) != -(-length // block_bytes):
-            raise ValueError(f"column {item.name!r} of {file} does not fit its shard")
-        columns.append(ColumnEntry(offset, length, checksums))
-    return ShardEntry(file, rows, size, _text(entry["xxh3"]), tuple(columns))
-
-
-def _checked(expected: type, test: Callable[[Any], bool]) -> Callable[[Any], Any]:
-    def check(value: Any) -> Any:
-        if type(value) is not expected or not test(value):
-            raise ValueError(f"unexpected value {value!r}")
-        return value
-
-    return check
-
-
-_text = _checked(str, lambda value: True)
-_count = _checked(int, lambda value: 0 <= value < 1 << 62)
-_dtype = _checked(str, lambda value: value in DTYPES)
-_file_name = _checked(str, lambda value: bool(value) and "/" not in value and "\0" not in value and value[0] != ".")
+def _check_file(name: str) -> None:
+    if not name or "/" in name or "\0" in name or name[0] == ".":
+        raise ValueError(f"{name!r} is no file name")

@@ -1,12 +1,14 @@
 """The C++ files beside this one, compiled when first needed and kept: `load("gather")` is `gather.cpp`.
 
-One compiler run of a second or two for each processor and source; the result is kept in the user's cache directory,
-put there by rename. Where no compiler is at hand the caller takes its Python reference, and a warning says so once.
+Headers of pyarrow (xxHash) are on the include path. It takes one compiler run of a few seconds for each processor and
+source; the result is kept in the user's cache directory, put there by rename. Where no compiler is at hand the caller
+takes its Python reference, and a warning says so once.
 """
 
 from __future__ import annotations
 
 import ctypes
+import importlib.util
 import os
 import shutil
 import subprocess
@@ -56,10 +58,12 @@ def _compile(source: Path, library: Path) -> None:
     compiler = shutil.which("c++") or shutil.which("g++") or shutil.which("clang++")
     if compiler is None:
         raise _NoCompilerError("no C++ compiler (c++, g++, clang++) on PATH; on Debian: apt install g++")
+    pyarrow = importlib.util.find_spec("pyarrow")
+    include = [f"-I{Path(pyarrow.origin).parent / 'include'}"] if pyarrow is not None and pyarrow.origin else []
     handle, staging = tempfile.mkstemp(prefix=f".{library.name}.", dir=library.parent)
     os.close(handle)
     try:
-        command = [compiler, *FLAGS, str(source), "-o", staging]
+        command = [compiler, *FLAGS, *include, str(source), "-o", staging]
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         if done.returncode:
             raise _NoCompilerError(f"{compiler} does not compile {source.name} ({_first_line(done.stderr)})")

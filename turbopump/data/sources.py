@@ -26,8 +26,9 @@ from turbopump.core.errors import DatasetError, UsageError
 from turbopump.core.plugins import SourceKind
 from turbopump.data import text
 from turbopump.data.digits import DigitsConfig, open_digits
-from turbopump.data.format import Dataset, open_dataset
+from turbopump.data.format import Dataset, Reading, concatenated, open_dataset
 from turbopump.data.manifest import read_manifest
+from turbopump.data.reading import page_aligned
 from turbopump.data.tones import TonesConfig, TonesSource, tones_shape
 
 
@@ -39,6 +40,11 @@ class RandomAccessDataSource(Protocol):
     def __getitem__(self, index: int) -> Any: ...
 
 
+_READING = (
+    "`mapped` into memory, `direct` past the page cache, or `auto`: direct where the data fills most of the memory"
+)
+
+
 @dataclass(frozen=True, kw_only=True)
 class TokensConfig:
     """Windows of a packed stream of tokens, for language models."""
@@ -46,6 +52,10 @@ class TokensConfig:
     kind: Literal["tokens"] = setting("tokens", "windows of a packed stream of tokens")
     path: str = setting(doc="the dataset directory that `turbopump pack` wrote")
     seq_len: PositiveInt = setting(256, "tokens a sample is trained on; a sample holds one more, the last target")
+    boundaries: bool = setting(
+        False, "also give each token's document within its window, for attention within documents"
+    )
+    reading: Reading = setting("auto", _READING)
 
 
 class TokensSource:
@@ -62,7 +72,7 @@ class TokensSource:
         self._config, self._split = config, split
         self.name = f"tokens {config.path} ({split})"
         self.seq_len = config.seq_len
-        self._dataset = _open_kind(config.path, "tokens")
+        self._dataset = _open_kind(config.path, "tokens", config.reading)
         self.digest = self._dataset.manifest.digest
         entry = self._dataset.split(split)
         self.num_tokens = entry.rows
@@ -78,8 +88,8 @@ class TokensSource:
             raise DatasetError(f"{config.path} names no tokenizer: pack it again")
         self.vocab_size = tokenizer.vocab_size
         self._tokenizer: text.Tokenizer | None = None
-        self._bounds = self._dataset.row_bounds(split)
-        self._windows: dict[int, np.ndarray] = {}
+        self._data = self._dataset.data(split)
+        self.releases_gil = not config.boundaries
 
     def __len__(self) -> int:
         return self._len
@@ -87,41 +97,35 @@ class TokensSource:
     def __getitem__(self, index: int) -> np.ndarray:
         return self.__getitems__([index])[0]
 
-    def __getitems__(self, indices: Sequence[int] | np.ndarray) -> np.ndarray:
-        """The windows `indices`, int64 [B, seq_len + 1]."""
+    def __getitems__(self, indices: Sequence[int] | np.ndarray, out: np.ndarray | None = None) -> Any:
+        """The windows `indices`, int64 [B, seq_len + 1]; with `boundaries` also the number of each token's document
+        within its window."""
         starts = np.asarray(indices, np.int64) * self.seq_len
+        self._check(indices, starts)
+        windows = self._data.windows(starts, self.seq_len + 1, out=None if out is None else out[: len(starts)])
+        return (windows, self._documents(windows)) if self._config.boundaries else windows
+
+    def _check(self, indices: Sequence[int] | np.ndarray, starts: np.ndarray) -> None:
         if len(starts) and (starts.min() < 0 or starts.max() >= self._len * self.seq_len):
-            raise IndexError(f"window index out of range 0 to {self._len - 1}")
-        if len(self._bounds) == 2:
-            return self._gather(0, starts)
-        out = np.empty((len(starts), self.seq_len + 1), np.int64)
-        first = np.searchsorted(self._bounds, starts, "right") - 1
-        last = np.searchsorted(self._bounds, starts + self.seq_len, "right") - 1
-        for shard in np.unique(first[first == last]):
-            mine = (first == shard) & (last == shard)
-            out[mine] = self._gather(int(shard), starts[mine] - self._bounds[shard])
-        for place in np.flatnonzero(first != last):
-            out[place] = self._across(int(starts[place]), int(first[place]), int(last[place]))
-        return out
+            wrong = int(starts[(starts < 0) | (starts >= self._len * self.seq_len)][0]) // self.seq_len
+            raise IndexError(f"window index {wrong} out of range 0 to {self._len - 1}")
 
-    def _gather(self, shard: int, starts: np.ndarray) -> np.ndarray:
-        """Windows that lie within one shard; `starts` are rows of the shard."""
-        column = self._dataset.column(self._split, shard)
-        column.check_rows(starts, starts + self.seq_len)
-        if shard not in self._windows:
-            self._windows[shard] = np.lib.stride_tricks.sliding_window_view(column.values, self.seq_len + 1)
-        return self._windows[shard][starts].astype(np.int64)
+    def _documents(self, windows: np.ndarray) -> np.ndarray:
+        """Which document of its window each token belongs to, from 0 on, int32; a separator ends the one before it."""
+        ends = windows[:, :-1] == self.tokenizer.separator
+        return np.concatenate([np.zeros((len(windows), 1), np.int32), np.cumsum(ends, axis=1, dtype=np.int32)], axis=1)
 
-    def _across(self, start: int, first: int, last: int) -> np.ndarray:
-        """One window that begins in shard `first` and ends in shard `last`."""
-        parts = []
-        for shard in range(first, last + 1):
-            begin = max(start, int(self._bounds[shard])) - int(self._bounds[shard])
-            end = min(start + self.seq_len + 1, int(self._bounds[shard + 1])) - int(self._bounds[shard])
-            column = self._dataset.column(self._split, shard)
-            column.check_rows(np.array([begin]), np.array([end - 1]))
-            parts.append(column.values[begin:end].astype(np.int64))
-        return np.concatenate(parts)
+    def batch_buffers(self, rows: int) -> np.ndarray:
+        """Memory for `__getitems__(indices, out=...)` of up to `rows` windows."""
+        return page_aligned((rows, self.seq_len + 1), np.int64)
+
+    def prefetch(self, indices: Sequence[int] | np.ndarray) -> None:
+        """Tell of a batch to come: its reads start now where the dataset is read directly or from a store."""
+        self._data.prefetch_windows(np.asarray(indices, np.int64) * self.seq_len, self.seq_len + 1)
+
+    def locate(self, index: int) -> str:
+        """Where window `index` begins, for errors."""
+        return self._data.locate(index * self.seq_len)
 
     @property
     def tokenizer(self) -> text.Tokenizer:
@@ -139,13 +143,8 @@ class TokensSource:
 
     def text(self) -> bytes:
         """The whole text of the split in UTF-8, documents end to end: what a compressor would be given."""
-        parts = []
-        for shard in range(len(self._bounds) - 1):
-            column = self._dataset.column(self._split, shard)
-            if len(column.values):
-                column.check_rows(np.array([0]), np.array([len(column.values) - 1]))
-            parts.append(column.values[column.values != self.tokenizer.separator])
-        return self.tokenizer.decode(np.concatenate(parts)).encode()
+        values = concatenated(self._data)
+        return self.tokenizer.decode(values[values != self.tokenizer.separator]).encode()
 
     def __reduce__(self) -> tuple[Any, ...]:  # a memory map does not travel: the other process opens its own
         return TokensSource, (self._config, self._split)
@@ -157,50 +156,63 @@ class ArraysConfig:
 
     kind: Literal["arrays"] = setting("arrays", "rows of packed arrays")
     path: str = setting(doc="the dataset directory that `turbopump pack` wrote")
+    reading: Reading = setting("auto", _READING)
 
 
 class ArraysSource:
-    """Sample i is row i of each field, in the order they were packed: a tuple, or the array where there is one."""
+    """Sample i is row i of each field, in the order they were packed: a tuple, or the value where there is one.
+
+    A batch holds arrays, and `Ragged` for fields whose rows differ in length.
+    """
 
     randomness = "none"
+    releases_gil = True
 
     def __init__(self, config: ArraysConfig, split: str) -> None:
         self._config, self._split = config, split
         self.name = f"arrays {config.path} ({split})"
-        self._dataset = _open_kind(config.path, "arrays")
+        self._dataset = _open_kind(config.path, "arrays", config.reading)
         self.digest = self._dataset.manifest.digest
-        self._bounds = self._dataset.row_bounds(split)
+        self._data = self._dataset.data(split)
         self.fields = self._dataset.manifest.fields
 
     def __len__(self) -> int:
-        return int(self._bounds[-1])
+        return len(self._data)
 
     def __getitem__(self, index: int) -> Any:
         batch = self.__getitems__([index])
-        return tuple(array[0] for array in batch) if isinstance(batch, tuple) else batch[0]
+        return tuple(column[0] for column in batch) if isinstance(batch, tuple) else batch[0]
 
-    def __getitems__(self, indices: Sequence[int] | np.ndarray) -> Any:
+    def __getitems__(self, indices: Sequence[int] | np.ndarray, out: tuple[Any, ...] | None = None) -> Any:
         """The rows `indices` of each field, [B, *shape] in its own dtype."""
-        rows = np.asarray(indices, np.int64)
-        if len(rows) and (rows.min() < 0 or rows.max() >= len(self)):
-            raise IndexError(f"row index out of range 0 to {len(self) - 1}")
-        shard = np.searchsorted(self._bounds, rows, "right") - 1
-        batch = tuple(np.empty((len(rows), *field.shape), field.dtype) for field in self.fields)
-        for number in np.unique(shard):
-            mine = shard == number
-            local = rows[mine] - self._bounds[number]
-            for i, out in enumerate(batch):
-                column = self._dataset.column(self._split, int(number), i)
-                column.check_rows(local, local)
-                out[mine] = column.values[local]
+        batch = self._data.batch(indices, out)
         return batch if len(batch) > 1 else batch[0]
+
+    def batch_buffers(self, rows: int) -> tuple[Any, ...]:
+        """Memory for `__getitems__(indices, out=...)` of up to `rows` rows."""
+        return self._data.buffers(rows)
+
+    def prefetch(self, indices: Sequence[int] | np.ndarray) -> None:
+        """Tell of a batch to come: its reads start now where the dataset is read directly or from a store."""
+        self._data.prefetch(indices)
+
+    def lengths(self, field: str | None = None) -> np.ndarray:
+        """Length of every sample, int64, by a field whose rows differ in length (the first one): from its offsets."""
+        ragged = [item.name for item in self.fields if not item.fixed]
+        if not ragged:
+            raise DatasetError(f"{self.name}: all rows have the same length: there is nothing to bucket by")
+        return self._data.lengths(self._dataset.manifest.field(field or ragged[0]))
+
+    def locate(self, index: int) -> str:
+        """Where row `index` is stored, for errors."""
+        return self._data.locate(index)
 
     def __reduce__(self) -> tuple[Any, ...]:
         return ArraysSource, (self._config, self._split)
 
 
-def _open_kind(path: str, kind: str) -> Dataset:
-    dataset = open_dataset(path)
+def _open_kind(path: str, kind: str, reading: Reading = "auto") -> Dataset:
+    dataset = open_dataset(path, reading)
     if dataset.manifest.kind != kind:
         raise DatasetError(f"{path} holds {dataset.manifest.kind}, not {kind}: set data.kind to match, or pack it anew")
     return dataset

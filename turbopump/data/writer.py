@@ -1,0 +1,444 @@
+"""Making a dataset directory: parts written into a staging directory beside its place, then all of it renamed at once.
+
+A part is the rows of one partition of the input, at most one shard a split unless it is large. Writing one is a pure
+function of its rows, so parts can be written by any process in any order; a finished one is sealed by a small JSON file
+with its entries, and a later pack of the same input (the same `key`) takes it as it is. `commit` numbers the shards in
+the order of the parts, joins their checksums, writes the manifest and moves the directory to its place in one rename.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import fcntl
+import os
+import shutil
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import TracebackType
+
+import numpy as np
+
+from turbopump.core.errors import DatasetError, RunDirectoryError, UsageError
+from turbopump.core.files import digest_file, explain_os_error, from_json_as, fsync_directory, to_json, write_atomic
+from turbopump.data.manifest import (
+    DTYPES,
+    MANIFEST_NAME,
+    Field,
+    Manifest,
+    ShardEntry,
+    SplitEntry,
+    TokenizerEntry,
+    sums_name,
+)
+from turbopump.data.ragged import Ragged, joined
+from turbopump.data.shard import Column, write_shard
+
+BLOCK_BYTES = 1 << 12  # of one checksum: a page, so that a random read need not fetch much more than its rows
+SHARD_BYTES = 1 << 26  # what a writer holds in memory for each split
+_KEY_NAME = "key.json"
+
+
+@dataclass(frozen=True)
+class PartEntry:
+    """What one part holds, by split; `xxh3` seals the file of its checksums."""
+
+    part: int
+    splits: Mapping[str, SplitEntry]
+    sums_xxh3: str
+    skipped: int = 0
+
+
+@dataclass
+class _Pending:
+    """Rows of one split that wait for their shard to be full, as a list of blocks a field."""
+
+    parts: list[list[Column]]
+    rows: int = 0
+    bytes: int = 0
+    shards: list[ShardEntry] = field(default_factory=list)
+    sums: list[np.ndarray] = field(default_factory=list)
+    source_bytes: int = 0
+    documents: int = 0
+    document_sizes: Counter[int] = field(default_factory=Counter)
+
+
+class PartWriter:
+    """Writes one part into a staging directory; `finish` seals it. Raises `DatasetError` for a full disk."""
+
+    def __init__(
+        self, staging: Path, part: int, fields: Sequence[Field], *, shard_bytes: int = SHARD_BYTES,
+        block_bytes: int = BLOCK_BYTES,
+    ) -> None:  # fmt: skip
+        self._staging, self._part = staging, part
+        self.fields = checked_fields(fields)
+        self._shard_bytes, self._block_bytes = shard_bytes, block_bytes
+        self._splits: dict[str, _Pending] = {}
+
+    def append(
+        self,
+        split: str,
+        columns: Sequence[Column],
+        *,
+        source_bytes: int = 0,
+        document_sizes: Sequence[int] | np.ndarray = (),
+    ) -> None:
+        """Add rows to a split: an array [rows, *shape] or a `Ragged` a field, which must not be changed afterwards."""
+        pending = self._splits.setdefault(split, _Pending([[] for _ in self.fields]))
+        pending.source_bytes += source_bytes
+        pending.documents += len(document_sizes)
+        pending.document_sizes.update((max(1, int(n)) - 1).bit_length() for n in document_sizes)
+        columns = [_checked(item, column) for item, column in zip(self.fields, columns, strict=True)]
+        rows, begin = len(columns[0]), 0
+        sizes = self._row_bytes(columns)
+        while begin < rows:
+            room = self._shard_bytes - pending.bytes
+            fit = int(np.searchsorted(sizes - (sizes[begin - 1] if begin else 0), room, "right"))
+            end = max(fit, begin + (not pending.rows))  # a record larger than a shard has one of its own
+            if end > begin:
+                for parts, column in zip(pending.parts, columns, strict=True):
+                    parts.append(column[begin:end] if isinstance(column, np.ndarray) else column.rows(begin, end))
+                pending.rows += end - begin
+                pending.bytes += int(sizes[end - 1] - (sizes[begin - 1] if begin else 0))
+            if end < rows or pending.bytes >= self._shard_bytes:
+                self._write(split, pending)
+            begin = end
+
+    def _row_bytes(self, columns: Sequence[Column]) -> np.ndarray:
+        """Bytes of all rows up to and with each."""
+        fixed = sum(item.row_bytes if item.fixed else 8 for item in self.fields)
+        sizes = np.arange(1, len(columns[0]) + 1) * fixed
+        for item, column in zip(self.fields, columns, strict=True):
+            if isinstance(column, Ragged):
+                sizes = sizes + (column.offsets[1:] - column.offsets[0]) * item.row_bytes
+        return sizes
+
+    def _write(self, split: str, pending: _Pending) -> None:
+        file = self._staging / f"part-{self._part:06d}-{len(pending.shards):03d}-{split}.arrow"
+        columns = [_joined(parts) for parts in pending.parts]
+        try:
+            entry, sums = write_shard(file, self.fields, columns, self._block_bytes)
+        except OSError as error:
+            raise DatasetError(explain_os_error(error, self._staging)) from error
+        pending.shards.append(entry)
+        pending.sums.append(sums)
+        pending.parts, pending.rows, pending.bytes = [[] for _ in self.fields], 0, 0
+
+    def finish(self, skipped: int = 0) -> PartEntry:
+        """Write what is pending, then the files that make the part whole."""
+        for name, pending in sorted(self._splits.items()):
+            if pending.rows:
+                self._write(name, pending)
+        sums = [array for _, pending in sorted(self._splits.items()) for array in pending.sums]
+        splits = {
+            name: SplitEntry(
+                sum(shard.rows for shard in p.shards), p.source_bytes, p.documents,
+                {str(1 << size): count for size, count in sorted(p.document_sizes.items())}, tuple(p.shards),
+            )
+            for name, p in sorted(self._splits.items())
+        }  # fmt: skip
+        file = self._staging / _sums_file(self._part)
+        with _disk_errors():
+            write_atomic(file, np.concatenate([np.empty(0, np.uint64), *sums]).tobytes())
+            entry = PartEntry(self._part, splits, digest_file(file), skipped)
+            write_atomic(self._staging / f"part-{self._part:06d}.json", to_json(entry))
+        return entry
+
+
+def _sums_file(part: int) -> str:
+    return f"part-{part:06d}.sums"
+
+
+def _joined(parts: Sequence[Column]) -> Column:
+    if isinstance(parts[0], Ragged):
+        return joined(parts)  # type: ignore[arg-type]
+    return parts[0] if len(parts) == 1 else np.concatenate(parts)  # type: ignore[arg-type]
+
+
+def _checked(item: Field, column: Column) -> Column:
+    if item.fixed != isinstance(column, np.ndarray):
+        raise UsageError(f"field {item.name!r} is of kind {item.kind}, which a {type(column).__name__} is not")
+    values = column if isinstance(column, np.ndarray) else column.values
+    if values.shape[1:] != item.shape:
+        raise UsageError(f"field {item.name!r}: rows of shape {values.shape[1:]} given, {item.shape} expected")
+    values = np.ascontiguousarray(values, item.dtype)
+    return values if isinstance(column, np.ndarray) else Ragged(values, column.offsets, column.kind)
+
+
+def checked_fields(fields: Sequence[Field]) -> tuple[Field, ...]:
+    """The fields; raises `UsageError` for one that cannot be stored."""
+    for item in fields:
+        if item.dtype not in DTYPES:
+            raise UsageError(f"field {item.name!r} has dtype {item.dtype}; allowed: {', '.join(DTYPES)}")
+        if 0 in item.shape:
+            raise UsageError(f"field {item.name!r} has rows of shape {item.shape}, which hold nothing")
+    return tuple(fields)
+
+
+class Staging:
+    """The hidden directory `.NAME.partial` beside a dataset's place, held by one process.
+
+    With a `key`, parts that a stopped pack of the same key has finished are kept (`parts`); without, or with another
+    key, what is there is removed. Leaving it as a context manager without `commit` keeps it if it has a key.
+    Raises `UsageError` where the place is taken or another process is writing there.
+    """
+
+    def __init__(self, path: Path | str, *, overwrite: bool = False, key: str | None = None) -> None:
+        self.path = Path(path)
+        self._overwrite, self._key = overwrite, key
+        check_destination(self.path, overwrite)
+        self.directory = self.path.absolute().parent / f".{self.path.name}.partial"
+        self._lock: int | None = None
+        try:
+            self.directory.mkdir(parents=True, exist_ok=True)
+            self._lock = _lock(self.directory)
+            if key is None or not self._same_key(key):
+                self._clear()
+                if key is not None:
+                    write_atomic(self.directory / _KEY_NAME, to_json({"key": key}))
+        except BlockingIOError as error:
+            raise UsageError(
+                f"another process is packing to {self.path}: wait for it, or choose another place"
+            ) from error
+        except OSError as error:
+            raise DatasetError(explain_os_error(error, self.path)) from error
+        self.parts = {entry.part: entry for entry in self._sealed()} if key is not None else {}
+
+    def _same_key(self, key: str) -> bool:
+        try:
+            return from_json_as((self.directory / _KEY_NAME).read_bytes(), dict[str, str]).get("key") == key
+        except (OSError, ValueError):
+            return False
+
+    def _clear(self) -> None:
+        for entry in self.directory.iterdir():
+            entry.unlink()
+
+    def _sealed(self) -> Iterable[PartEntry]:
+        """Parts that are whole: sealed, and all their files there in their size."""
+        for file in sorted(self.directory.glob("part-*.json")):
+            try:
+                entry = from_json_as(file.read_bytes(), PartEntry)
+                sizes = [
+                    (self.directory / s.file).stat().st_size == s.bytes for p in entry.splits.values() for s in p.shards
+                ]
+                whole = all(sizes) and digest_file(self.directory / _sums_file(entry.part)) == entry.sums_xxh3
+            except (OSError, ValueError):
+                whole = False
+            if whole:
+                yield entry
+
+    def commit(
+        self,
+        parts: Iterable[PartEntry],
+        *,
+        kind: str,
+        fields: Sequence[Field],
+        block_bytes: int = BLOCK_BYTES,
+        tokenizer: TokenizerEntry | None = None,
+        sources: Sequence[str] = (),
+        labels: Mapping[str, tuple[str, ...]] | None = None,
+        files: Mapping[str, bytes] | None = None,
+    ) -> Manifest:
+        """Make the dataset of the parts, in their order; `files` are put beside the shards (the tokenizer)."""
+        ordered = sorted(parts, key=lambda entry: entry.part)
+        try:
+            with _disk_errors():
+                splits = self._join(ordered, block_bytes)
+                for name, data in (files or {}).items():
+                    write_atomic(self.directory / name, data)
+                skipped = sum(entry.skipped for entry in ordered)
+                manifest = Manifest(
+                    kind, block_bytes, tuple(fields), splits, tokenizer, tuple(sources), skipped, dict(labels or {})
+                )
+                write_atomic(self.directory / MANIFEST_NAME, manifest.dumps())
+                self._remove_seals(ordered)
+            self._move_in_place()
+        except OSError as error:
+            raise DatasetError(explain_os_error(error, self.path)) from error
+        return manifest
+
+    def _join(self, parts: Sequence[PartEntry], block_bytes: int) -> dict[str, SplitEntry]:
+        """Number the shards of all parts, and join their checksums."""
+        names = sorted({name for entry in parts for name in entry.splits})
+        splits: dict[str, SplitEntry] = {}
+        for name in names:
+            shards: list[ShardEntry] = []
+            sizes: Counter[str] = Counter()
+            mine = [(entry, entry.splits[name]) for entry in parts if name in entry.splits]
+            with (self.directory / sums_name(name)).open("wb") as sums:
+                for entry, split in mine:
+                    sums.write(self._sums(entry, name, block_bytes))
+                    sizes.update(split.document_sizes)
+                    for shard in split.shards:
+                        file = f"{name}-{len(shards):05d}.arrow"
+                        os.replace(self.directory / shard.file, self.directory / file)
+                        shards.append(_renamed(shard, file))
+                sums.flush()
+                os.fsync(sums.fileno())
+            splits[name] = SplitEntry(
+                sum(shard.rows for shard in shards), sum(split.source_bytes for _, split in mine),
+                sum(split.documents for _, split in mine),
+                dict(sorted(sizes.items(), key=lambda item: int(item[0]))), tuple(shards),
+            )  # fmt: skip
+        return splits
+
+    def _sums(self, entry: PartEntry, name: str, block_bytes: int) -> bytes:
+        """The checksums of a part's shards of one split; those of its splits stand one after the other."""
+        data = (self.directory / _sums_file(entry.part)).read_bytes()
+        at = 0
+        for other, split in sorted(entry.splits.items()):
+            size = 8 * sum(shard.num_blocks(block_bytes) for shard in split.shards)
+            if other == name:
+                return data[at : at + size]
+            at += size
+        return b""
+
+    def _remove_seals(self, parts: Sequence[PartEntry]) -> None:
+        for entry in parts:
+            for file in (f"part-{entry.part:06d}.json", _sums_file(entry.part)):
+                (self.directory / file).unlink(missing_ok=True)
+        (self.directory / _KEY_NAME).unlink(missing_ok=True)
+        for left in self.directory.glob("part-*"):  # of a part that was begun and never sealed
+            left.unlink()
+
+    def _move_in_place(self) -> None:
+        fsync_directory(self.directory)
+        if self.path.exists():
+            check_destination(self.path, self._overwrite)
+            _exchange(self.directory, self.path)  # at no moment is there no dataset, or half of one
+            shutil.rmtree(self.directory, ignore_errors=True)
+        else:
+            self.directory.rename(self.path)
+        fsync_directory(self.path.absolute().parent)
+        self._release()
+
+    def discard(self) -> None:
+        """Remove all of it; harmless after `commit`."""
+        if self._lock is not None:
+            shutil.rmtree(self.directory, ignore_errors=True)
+            self._release()
+
+    def _release(self) -> None:
+        if self._lock is not None:
+            os.close(self._lock)
+            self._lock = None
+
+    def __enter__(self) -> Staging:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._key is None:
+            self.discard()
+        self._release()
+
+
+class DatasetWriter:
+    """Writes a whole dataset from one process, rows in order; nothing is at `path` until `finish`.
+
+    Usable as a context manager: leaving it without `finish` removes what was written. Raises `UsageError` where the
+    place is taken, `DatasetError` for a full disk.
+    """
+
+    def __init__(
+        self,
+        path: Path | str,
+        *,
+        kind: str,
+        fields: Sequence[Field],
+        overwrite: bool = False,
+        shard_bytes: int = SHARD_BYTES,
+        block_bytes: int = BLOCK_BYTES,
+    ) -> None:
+        self.kind, self.fields, self._block_bytes = kind, checked_fields(fields), block_bytes
+        self._staging = Staging(path, overwrite=overwrite)
+        self._part = PartWriter(
+            self._staging.directory, 0, fields, shard_bytes=shard_bytes, block_bytes=block_bytes
+        )  # fmt: skip
+        self.append = self._part.append
+        self._files: dict[str, bytes] = {}
+
+    def add_file(self, name: str, data: bytes) -> None:
+        """Put a small file (the tokenizer) beside the shards."""
+        self._files[name] = data
+
+    def finish(
+        self,
+        *,
+        tokenizer: TokenizerEntry | None = None,
+        sources: Sequence[str] = (),
+        skipped: int = 0,
+        labels: Mapping[str, tuple[str, ...]] | None = None,
+    ) -> Manifest:
+        """Write what is pending and the manifest, then move the directory to its place."""
+        return self._staging.commit(
+            [self._part.finish(skipped)], kind=self.kind, fields=self.fields, block_bytes=self._block_bytes,
+            tokenizer=tokenizer, sources=sources, labels=labels, files=self._files,
+        )  # fmt: skip
+
+    def __enter__(self) -> DatasetWriter:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._staging.discard()
+
+
+class _disk_errors:
+    """A full disk met by `write_atomic` is the dataset's, not a run's."""
+
+    def __enter__(self) -> None:
+        return None
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if isinstance(error, RunDirectoryError):
+            raise DatasetError(str(error)) from error
+
+
+def _renamed(shard: ShardEntry, file: str) -> ShardEntry:
+    return ShardEntry(file, shard.rows, shard.bytes, shard.xxh3, shard.sums_xxh3, shard.buffers)
+
+
+def check_destination(path: Path, overwrite: bool) -> None:
+    """Refuse a destination that would lose something; raises `UsageError`."""
+    if path.is_symlink() or not path.exists():
+        if path.is_symlink():
+            raise UsageError(f"{path} is a symbolic link: give the folder itself")
+        return
+    if not path.is_dir():
+        raise UsageError(f"{path} is a file: give a folder for the dataset")
+    if (path / MANIFEST_NAME).exists():
+        if not overwrite:
+            raise UsageError(f"{path} already holds a dataset: choose another destination or pass --overwrite")
+    elif any(path.iterdir()):
+        raise UsageError(f"{path} is a folder with other files in it: choose another destination")
+
+
+def _lock(path: Path) -> int:
+    handle = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        os.close(handle)
+        raise
+    return handle
+
+
+_libc = ctypes.CDLL(None, use_errno=True)
+_AT_FDCWD, _RENAME_EXCHANGE = -100, 2
+
+
+def _exchange(new: Path, old: Path) -> None:
+    """Swap two directories in one step (renameat2); with two renames where the file system cannot."""
+    done = _libc.renameat2(_AT_FDCWD, os.fsencode(new), _AT_FDCWD, os.fsencode(old), _RENAME_EXCHANGE)
+    if done != 0:
+        aside = old.with_name(f".{old.name}.{os.getpid()}.old")
+        old.rename(aside)
+        new.rename(old)
+        aside.rename(new)
