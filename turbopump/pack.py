@@ -1,38 +1,38 @@
-"""`turbopump pack SOURCE... DEST`: text or arrays in, a dataset directory out.
+"""The verb `pack`: files, tables, text, media or anything iterable into a dataset directory. No torch.
 
-Text is cut into partitions of whole documents (or pieces of long ones) in a fixed order; each is read and encoded by
-itself, by as many processes as asked for, and written in order: the bytes written do not depend on the processes.
-Memory is bounded by the partitions in flight and one shard. `DatasetWriter` makes the directory appear all at once.
+    find the input ──> partitions ──> a process each: read, encode, write shards ──> number them, manifest, rename
+
+The partitions and what becomes of each depend on the input alone, so the number of processes changes nothing but the
+time, and a pack that was stopped goes on with the partitions that are not finished (`data/packing.py`, `writer.py`).
 """
 
 from __future__ import annotations
 
 import itertools
-import multiprocessing
 import os
 import time
-from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import Future, ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-import numpy as np
-
 from turbopump.core.errors import DatasetError, UsageError
+from turbopump.core.files import digest
+from turbopump.core.version import VERSION
 from turbopump.data import corpus, text
-from turbopump.data.arrays import pack_arrays, read_array_files, rows_of
 from turbopump.data.corpus import BadTextError, Piece
-from turbopump.data.manifest import Field, Manifest
-from turbopump.data.processes import become_helper
-from turbopump.data.writer import DatasetWriter, check_destination
+from turbopump.data.inputs.protocol import Input
+from turbopump.data.inputs.python import from_python
+from turbopump.data.inputs.recognise import open_input
+from turbopump.data.manifest import Manifest
+from turbopump.data.packing import InputTexts, RecordsTask, Task, TextPartition, TokensTask, run_tasks
+from turbopump.data.writer import SHARD_BYTES, Staging, check_destination
 
-PARTITION_BYTES = 1 << 21
+PARTITION_BYTES = (1 << 23, 1 << 28)  # of input: least and most; between them, a 64th of it all
 BPE_SAMPLE_BYTES = 8_000_000
-PARALLEL_FROM_BYTES = 1 << 26  # below this, starting processes and passing ids costs more than it saves
-ARRAY_SUFFIXES = (".npy", ".npz")
+PARALLEL_FROM_BYTES = 1 << 24  # below this, starting processes costs more than it saves
+TextTokenizer = Literal["bytes", "bpe", "none"]
 
 
 @dataclass(frozen=True)
@@ -52,82 +52,173 @@ class PackProgress:
     def left_s(self) -> float | None:
         if not self.done_bytes or self.total_bytes is None:
             return None
-        return self.elapsed_s * (self.total_bytes - self.done_bytes) / self.done_bytes
+        return self.elapsed_s * max(0, self.total_bytes - self.done_bytes) / self.done_bytes
 
 
 @dataclass(frozen=True)
-class _Partition:
-    """Pieces of files to read, or texts at hand, one after the other; a split and an end-of-document flag for each."""
+class _Packing:
+    """What is packed: tasks and partitions, made when the tokenizer is; `identity` of the input, None where it cannot
+    be read a second time."""
 
-    pieces: tuple[Piece, ...]
-    texts: tuple[str, ...]
-    splits: tuple[str, ...]
-    ends: tuple[bool, ...]
-    skip_bad: bool = False
-
-
-@dataclass(frozen=True)
-class _Encoded:
-    """Ids of a partition with separators; tokens and source bytes of each item, -1 tokens where one was skipped."""
-
-    ids: np.ndarray
-    counts: np.ndarray
-    source_bytes: np.ndarray
+    partitions: Iterator[Any]
+    task: Callable[[text.Tokenizer | None], Task]
+    sources: tuple[str, ...]
+    total_bytes: int | None
+    identity: str | None
+    is_text: bool
+    train_texts: Callable[[list[Any]], Sequence[str]] | None = None
+    labels: Mapping[str, tuple[str, ...]] | None = None
 
 
 def pack(
     source: Any,
     destination: Path | str,
     *,
-    tokenizer: Literal["bytes", "bpe"] = "bytes",
+    tokenizer: TextTokenizer | None = None,
     vocab_size: int = 4096,
     validation: float = 0.05,
     include: Sequence[str] = (),
+    format: str | None = None,
+    text_field: str | None = None,
+    columns: Sequence[str] = (),
+    key: str | None = None,
     num_processes: int | None = None,
+    shard_bytes: int = SHARD_BYTES,
     overwrite: bool = False,
     progress: Callable[[PackProgress], None] | None = None,
 ) -> Manifest:
     """Write a dataset directory to `destination` and return its manifest.
 
-    `source` is one of, or a list of: a text file, a folder, a glob, the word `stdlib` (the sources of Python's standard
-    library), `.npy` and `.npz` files; or a tuple or mapping of numpy arrays with one row a sample; or any other
-    iterable (or map-style dataset) of strings, UTF-8 bytes, or tuples, mappings or single arrays. `validation` is the
-    share held out: by a hash of the file's name (or record's number), or the end of each text where there are few.
+    `source` is one of, or a list of: files, folders, globs of one `format` (found out by themselves; see
+    docs/pack-inputs.md), the word `stdlib` (the sources of Python's standard library); or, from Python, arrays, a
+    DataFrame or table, or any other iterable or map-style dataset.
 
-    Raises `UsageError` (destination taken, no such source, nothing found) and `DatasetError` (not UTF-8, unreadable,
-    disk full). A pack that is stopped or killed leaves nothing at `destination`.
+    Text becomes a stream of tokens by `tokenizer` (default `bytes`), or rows as it is with `none`; of a table, the
+    column `text_field`. Everything else becomes rows: all columns, or `columns`. `validation` is the share held out:
+    by a hash of the column `key`, of the file's name or of the row's number, or the end of each text where there are
+    few; an input's own splits are kept.
+
+    Raises `UsageError` (destination taken, no such source, nothing found) and `DatasetError` (what the input holds does
+    not fit, unreadable, disk full). A pack that is stopped or killed leaves no dataset; the same call goes on from there.
     """
     destination = Path(destination)
+    _check_options(tokenizer, vocab_size, validation, num_processes, shard_bytes)
+    check_destination(destination, overwrite)
+    packing = _open(source, destination, tokenizer, validation, include, format, text_field, columns, key)
+    kind = (tokenizer or "bytes") if packing.is_text and tokenizer != "none" else None
+    options = [VERSION, kind, vocab_size, validation, shard_bytes, PARTITION_BYTES, list(columns), text_field, key]
+    staging_key = digest(repr([packing.identity, options]).encode()) if packing.identity is not None else None
+    report = _Reporter(progress, packing.total_bytes)
+    with Staging(destination, overwrite=overwrite, key=staging_key) as staging:
+        partitions, made = packing.partitions, None
+        if kind is not None:
+            made, partitions = _make_tokenizer(kind, vocab_size, packing, report)
+        task = packing.task(made)
+        processes = num_processes or _default_processes(kind, packing)
+        parts = run_tasks(
+            task, partitions, staging, processes=processes, shard_bytes=shard_bytes, report=report,
+        )  # fmt: skip
+        if not any(split.rows for part in parts for split in part.splits.values()):
+            raise UsageError(f"nothing to pack: the source holds no {'text' if packing.is_text else 'record'}")
+        report.finish()
+        return staging.commit(
+            parts, kind="arrays" if made is None else "tokens", fields=task.fields, sources=packing.sources,
+            tokenizer=text.tokenizer_entry(made) if made is not None else None, labels=packing.labels,
+            files={text.TOKENIZER_NAME: made.dumps()} if made is not None else {},
+        )  # fmt: skip
+
+
+def _check_options(
+    tokenizer: str | None, vocab_size: int, validation: float, num_processes: int | None, shard_bytes: int
+) -> None:
     if not 0 <= validation < 1:
         raise UsageError(f"validation ({validation}) must be at least 0 and below 1: it is the share held out")
     if num_processes is not None and num_processes < 1:
         raise UsageError(f"num_processes ({num_processes}) must be at least 1")
-    if tokenizer not in ("bytes", "bpe"):
-        raise UsageError(f"no tokenizer {tokenizer!r} (known: bytes, bpe)")
+    if shard_bytes < 1 << 12:
+        raise UsageError(f"shard_bytes ({shard_bytes}) must be at least {1 << 12}")
+    if tokenizer not in (None, "bytes", "bpe", "none"):
+        raise UsageError(f"no tokenizer {tokenizer!r} (known: bytes, bpe, none)")
     if tokenizer == "bpe" and vocab_size < text.MIN_VOCAB_SIZE:
         raise UsageError(f"vocab_size ({vocab_size}) must be at least {text.MIN_VOCAB_SIZE}: 256 bytes and a separator")
-    check_destination(destination, overwrite)
+
+
+# ---- what the source is ------------------------------------------------------------------------------------------------
+
+
+def _open(
+    source: Any, destination: Path, tokenizer: str | None, validation: float, include: Sequence[str],
+    format: str | None, text_field: str | None, columns: Sequence[str], key: str | None,
+) -> _Packing:  # fmt: skip
     paths = _as_paths(source)
-    if paths is not None and any(Path(p).suffix in ARRAY_SUFFIXES for p in paths):
-        return pack_arrays(read_array_files(paths), destination, validation, overwrite, _names(paths))
     if paths is None:
-        first, records = rows_of(source)
-        if not isinstance(first, (str, bytes)):
-            return pack_arrays(records, destination, validation, overwrite, ["arrays"])
-        partitions, total_bytes, names = _text_partitions(records, validation), None, ["texts"]
-    else:
-        files, skip_bad = _find(paths, include, destination)
-        partitions, total_bytes = _file_partitions(files, validation, skip_bad), sum(file.size for file in files)
-        names = _names(paths)
-    report = _Reporter(progress, total_bytes)
-    processes = num_processes or _default_processes(tokenizer, total_bytes)
-    with _Encoder(processes) as encoder:
-        made, partitions = _make_tokenizer(tokenizer, vocab_size, partitions, report)
-        fields = [Field("tokens", made.dtype)]
-        with DatasetWriter(destination, kind="tokens", fields=fields, overwrite=overwrite) as writer:
-            skipped = _write_all(encoder.encode(partitions, made), writer, report)
-            writer.add_file(text.TOKENIZER_NAME, made.dumps())
-            return writer.finish(tokenizer=text.tokenizer_entry(made), sources=names, skipped=skipped)
+        return _open_object(source, tokenizer, validation, text_field, columns, key)
+    names = tuple(Path(path).name or path for path in paths)
+    if corpus.STDLIB in paths:
+        if len(paths) > 1:
+            raise UsageError(f"`{corpus.STDLIB}` is packed alone: give it as the only source")
+        if include:
+            given = ", ".join(include)
+            raise UsageError(f"include ({given}) has no effect on `{corpus.STDLIB}` (all of it is *.py): leave it out")
+        return _of_files(corpus.stdlib_files(), names, validation, skip_bad=True)
+    kind = format or (None if tokenizer == "none" else "text")
+    if format is None and tokenizer != "none":
+        opened = open_input(paths, include=include, text_field=text_field, key=key, columns=columns)
+        if opened.name != "text":
+            return _of_input(opened, tokenizer, validation, text_field, names)
+    if kind == "text" and tokenizer != "none":
+        return _of_files(corpus.find_files(paths, include, exclude=destination), names, validation)
+    opened = open_input(paths, include=include, format=kind, text_field=text_field, key=key, columns=columns)
+    return _of_input(opened, tokenizer, validation, text_field, names)
+
+
+def _of_input(
+    opened: Input, tokenizer: str | None, validation: float, text_field: str | None, names: tuple[str, ...]
+) -> _Packing:
+    """Rows of a table, or the documents of its one column of text where somebody asked for tokens."""
+    is_text = tokenizer in ("bytes", "bpe") or (text_field is not None and tokenizer is None)
+    if is_text and (len(opened.fields) != 1 or opened.fields[0].kind != "text"):
+        columns = ", ".join(item.name for item in opened.fields)
+        raise UsageError(f"a tokenizer needs to know which column is the text (there is: {columns}): name it, --text-field")
+    target = _partition_bytes(opened.total_bytes)
+    partitions = list(opened.partitions(target)) if opened.total_bytes is not None else opened.partitions(target)
+    identity = digest("\n".join(p.key for p in partitions).encode()) if isinstance(partitions, list) else None
+    documents = InputTexts(opened, validation)
+    return _Packing(
+        iter(partitions), lambda made: RecordsTask(opened, validation) if made is None else TokensTask(made, documents),
+        names, opened.total_bytes, identity, is_text, lambda some: _InputTrainingTexts(documents, some),
+        dict(opened.class_names),
+    )  # fmt: skip
+
+
+def _open_object(
+    source: Any, tokenizer: str | None, validation: float, text_field: str | None, columns: Sequence[str],
+    key: str | None,
+) -> _Packing:  # fmt: skip
+    if text_field is None and tokenizer != "none" and not columns and key is None:
+        first, records = _first_of(source)
+        if isinstance(first, (str, bytes)):
+            partitions = _text_partitions(records, validation)
+            return _of_texts_task(partitions, ("texts",), None, None)
+        source = records if records is not None else source
+    opened = from_python(source, key=key, columns=(text_field,) if text_field is not None else columns)
+    return _of_input(opened, tokenizer, validation, text_field, ("arrays",))
+
+
+def _first_of(source: Any) -> tuple[Any, Iterator[Any] | None]:
+    """The first record of an iterable and an iterator over all; None where it is arrays or a table."""
+    if isinstance(source, Mapping) or not hasattr(source, "__iter__") or hasattr(source, "dtype"):
+        return None, None
+    if hasattr(source, "__arrow_c_stream__") or hasattr(source, "to_batches"):
+        return None, None
+    if isinstance(source, tuple) and source and all(hasattr(item, "dtype") for item in source):
+        return None, None
+    records = iter(source)
+    try:
+        first = next(records)
+    except StopIteration:
+        raise UsageError("nothing to pack: the source holds no record") from None
+    return first, itertools.chain([first], records)
 
 
 def _as_paths(source: Any) -> list[str] | None:
@@ -138,47 +229,57 @@ def _as_paths(source: Any) -> list[str] | None:
     return None
 
 
-def _names(paths: Iterable[str]) -> list[str]:
-    return [Path(path).name or path for path in paths]
+# ---- text as partitions ------------------------------------------------------------------------------------------------
 
 
-def _find(paths: list[str], include: Sequence[str], destination: Path) -> tuple[list[corpus.TextFile], bool]:
-    if corpus.STDLIB not in paths:
-        return corpus.find_files(paths, include, exclude=destination), False
-    if len(paths) > 1:
-        raise UsageError(f"`{corpus.STDLIB}` is packed alone: give it as the only source")
-    if include:
-        given = ", ".join(include)
-        raise UsageError(f"include ({given}) has no effect on `{corpus.STDLIB}` (all of it is *.py): leave it out")
-    return corpus.stdlib_files(), True
+def _of_files(
+    files: Sequence[corpus.TextFile], names: tuple[str, ...], validation: float, skip_bad: bool = False
+) -> _Packing:
+    total = sum(file.size for file in files)
+    state = [(file.key, file.size, file.path.stat().st_mtime_ns) for file in files]
+    partitions = _file_partitions(files, validation, skip_bad, _partition_bytes(total))
+    return _of_texts_task(partitions, names, total, digest(repr(state).encode()))
 
 
-def _default_processes(tokenizer: str, total_bytes: int | None) -> int:
-    """One for bytes, which are only copied, and where there is little or nobody knows how much there is."""
-    if tokenizer == "bytes" or total_bytes is None or total_bytes < PARALLEL_FROM_BYTES:
-        return 1
-    return min(len(os.sched_getaffinity(0)), 16)
+def _of_texts_task(
+    partitions: Iterator[TextPartition], names: tuple[str, ...], total: int | None, identity: str | None
+) -> _Packing:
+    def task(made: text.Tokenizer | None) -> Task:
+        assert made is not None  # text at hand is always encoded
+        return TokensTask(made, TextPartition.documents)
+
+    return _Packing(partitions, task, names, total, identity, True, _TrainingTexts)
 
 
-def _file_partitions(files: Sequence[corpus.TextFile], validation: float, skip_bad: bool) -> Iterator[_Partition]:
+def _partition_bytes(total_bytes: int | None) -> int:
+    """Input bytes of one partition: enough of them to share out, each large enough for a shard of its own."""
+    least, most = PARTITION_BYTES
+    return min(most, max(least, (total_bytes or 0) // 64))
+
+
+def _file_partitions(
+    files: Sequence[corpus.TextFile], validation: float, skip_bad: bool, target_bytes: int
+) -> Iterator[TextPartition]:
     group: list[Piece] = []
     size = 0
     for piece in corpus.pieces(files, validation):
         group.append(piece)
         size += piece.end - piece.begin
-        if size >= PARTITION_BYTES:
+        if size >= target_bytes:
             yield _of_pieces(group, skip_bad)
             group, size = [], 0
     if group:
         yield _of_pieces(group, skip_bad)
 
 
-def _of_pieces(group: Sequence[Piece], skip_bad: bool) -> _Partition:
-    return _Partition(tuple(group), (), tuple(p.split for p in group), tuple(p.ends_document for p in group), skip_bad)
+def _of_pieces(group: Sequence[Piece], skip_bad: bool) -> TextPartition:
+    splits, ends = tuple(p.split for p in group), tuple(p.ends_document for p in group)
+    return TextPartition(tuple(group), (), splits, ends, skip_bad)
 
 
-def _text_partitions(records: Iterator[Any], validation: float) -> Iterator[_Partition]:
+def _text_partitions(records: Iterable[Any], validation: float) -> Iterator[TextPartition]:
     """Partitions of texts at hand; few of them give the end of each to validation."""
+    records = iter(records)
     head = list(itertools.islice(records, corpus.FEW_DOCUMENTS))
     few = len(head) < corpus.FEW_DOCUMENTS and validation > 0
     group: list[tuple[str, str]] = []
@@ -192,15 +293,15 @@ def _text_partitions(records: Iterator[Any], validation: float) -> Iterator[_Par
             parts = [(document, "validation" if corpus.is_held_out(str(number), validation) else "train")]
         group += [part for part in parts if part[0]]
         size += len(document)
-        if size >= PARTITION_BYTES:
+        if size >= PARTITION_BYTES[0]:
             yield _of_texts(group)
             group, size = [], 0
     if group:
         yield _of_texts(group)
 
 
-def _of_texts(group: Sequence[tuple[str, str]]) -> _Partition:
-    return _Partition((), tuple(t for t, _ in group), tuple(s for _, s in group), (True,) * len(group))
+def _of_texts(group: Sequence[tuple[str, str]]) -> TextPartition:
+    return TextPartition((), tuple(t for t, _ in group), tuple(s for _, s in group), (True,) * len(group))
 
 
 def _as_text(record: Any, number: int) -> str:
@@ -215,30 +316,34 @@ def _as_text(record: Any, number: int) -> str:
     raise DatasetError(f"record {number} is of type {type(record).__name__}, where the first one was text")
 
 
+# ---- the tokenizer -----------------------------------------------------------------------------------------------------
+
+
 def _make_tokenizer(
-    kind: str, vocab_size: int, partitions: Iterator[_Partition], report: _Reporter
-) -> tuple[text.Tokenizer, Iterator[_Partition]]:
+    kind: str, vocab_size: int, packing: _Packing, report: _Reporter
+) -> tuple[text.Tokenizer, Iterator[Any]]:
     """The tokenizer, and the partitions again (those of an iterator are held while it is trained)."""
     if kind == "bytes":
-        return text.ByteTokenizer(), partitions
+        return text.ByteTokenizer(), packing.partitions
+    assert packing.train_texts is not None  # text has them
     report.phase = "training the tokenizer"
     report(0)
-    held: list[_Partition] = []
+    held: list[Any] = []
     size = 0
-    for partition in partitions:
+    for partition in packing.partitions:
         held.append(partition)
-        size += sum(map(len, partition.texts))
+        size += sum(map(len, partition.texts)) if isinstance(partition, TextPartition) else 0
         if size >= BPE_SAMPLE_BYTES:
             break
-    made = text.train_bpe(_TrainingTexts(held), vocab_size, max_bytes=BPE_SAMPLE_BYTES)
+    made = text.train_bpe(packing.train_texts(held), vocab_size, max_bytes=BPE_SAMPLE_BYTES)
     report.phase = "packing"
-    return made, itertools.chain(held, partitions)
+    return made, itertools.chain(held, packing.partitions)
 
 
 class _TrainingTexts(Sequence[str]):
     """The training texts of some partitions, read when they are asked for; held-out ones do not shape the tokenizer."""
 
-    def __init__(self, partitions: Sequence[_Partition]) -> None:
+    def __init__(self, partitions: Sequence[TextPartition]) -> None:
         self._items = [
             (partition, i)
             for partition in partitions
@@ -251,57 +356,36 @@ class _TrainingTexts(Sequence[str]):
 
     def __getitem__(self, index: Any) -> Any:
         partition, i = self._items[index]
-        return _read(partition, i) or ""
+        return partition.read(i) or ""
 
 
-def _read(partition: _Partition, i: int) -> str | None:
-    """The text of item `i`; None where it is to be skipped."""
-    if partition.texts:
-        return partition.texts[i]
-    try:
-        return corpus.read_piece(partition.pieces[i])
-    except BadTextError:
-        if partition.skip_bad:
-            return None
-        raise
+class _InputTrainingTexts(Sequence[str]):
+    """The same of an input: texts of its first partitions, up to the size of the sample."""
+
+    def __init__(self, documents: InputTexts, partitions: Sequence[Any]) -> None:
+        self._texts: list[str] = []
+        size = 0
+        for document, split, _ in itertools.chain.from_iterable(map(documents, partitions)):
+            if split == "train" and document:
+                self._texts.append(document)
+                size += len(document)
+            if size >= BPE_SAMPLE_BYTES:
+                break
+
+    def __len__(self) -> int:
+        return len(self._texts)
+
+    def __getitem__(self, index: Any) -> Any:
+        return self._texts[index]
 
 
-def _encode(partition: _Partition, tokenizer: text.Tokenizer) -> _Encoded:
-    texts = [_read(partition, i) for i in range(len(partition.splits))]
-    ids, counts = tokenizer.encode_documents([t or "" for t in texts])
-    ends = np.array([end and t is not None for end, t in zip(partition.ends, texts, strict=True)])
-    ids = np.insert(ids, np.cumsum(counts)[ends], tokenizer.separator)
-    counts = np.where([t is None for t in texts], -1, counts + ends)
-    return _Encoded(ids, counts, np.array([len((t or "").encode()) for t in texts]))
-
-
-def _write_all(
-    results: Iterator[tuple[_Partition, _Encoded]], writer: DatasetWriter, report: _Reporter
-) -> int:  # fmt: skip
-    """Append every partition in order; the number of files skipped."""
-    skipped, done_bytes = 0, 0
-    open_sizes = {"train": 0, "validation": 0}  # of the document whose pieces are still coming
-    for partition, encoded in results:
-        skipped += int((encoded.counts < 0).sum())
-        counts = np.maximum(encoded.counts, 0)
-        splits = np.array(partition.splits)
-        for split in ("train", "validation"):
-            mine = splits == split
-            if not mine.any():
-                continue
-            sizes = []
-            for count, end in zip(counts[mine].tolist(), np.array(partition.ends)[mine].tolist(), strict=True):
-                open_sizes[split] += count
-                if end and open_sizes[split]:
-                    sizes.append(open_sizes[split])
-                    open_sizes[split] = 0
-            ids = encoded.ids[np.repeat(mine, counts)]
-            writer.append(split, [ids], source_bytes=int(encoded.source_bytes[mine].sum()), document_sizes=sizes)
-        done_bytes += int(encoded.source_bytes.sum())
-        report(done_bytes)
-    if not done_bytes:
-        raise UsageError("nothing to pack: the source holds no text")
-    return skipped
+def _default_processes(tokenizer: str | None, packing: _Packing) -> int:
+    """One where there is little, or nobody knows how much there is and reading it is most of the work."""
+    if packing.identity is None and tokenizer != "bpe":
+        return 1
+    if packing.total_bytes is None or packing.total_bytes < PARALLEL_FROM_BYTES:
+        return 1
+    return min(len(os.sched_getaffinity(0)), 16)
 
 
 class _Reporter:
@@ -314,65 +398,13 @@ class _Reporter:
     def __call__(self, done_bytes: int) -> None:
         if self._progress is not None:
             elapsed_s = time.perf_counter() - self._begin
-            self._progress(PackProgress(self.phase, done_bytes, self._total_bytes, elapsed_s))
+            total = max(self._total_bytes, done_bytes) if self._total_bytes is not None else None
+            self._progress(PackProgress(self.phase, done_bytes, total, elapsed_s))
 
-
-class _Encoder:
-    """Encodes partitions here or in processes, in order, with a bounded number in flight."""
-
-    def __init__(self, processes: int) -> None:
-        self._processes = processes
-        self._pool: ProcessPoolExecutor | None = None
-        if processes > 1:
-            # fork, so that a script or notebook needs no `if __name__ == "__main__"`; started before the tokenizer's
-            # own threads
-            context = multiprocessing.get_context("fork")
-            self._pool = ProcessPoolExecutor(processes, context, _start_worker, (os.getpid(),))
-            self._pool.submit(os.getpid).result()
-
-    def encode(
-        self, partitions: Iterator[_Partition], tokenizer: text.Tokenizer
-    ) -> Iterator[tuple[_Partition, _Encoded]]:
-        if self._pool is None:
-            for partition in partitions:
-                yield partition, _encode(partition, tokenizer)
-            return
-        data = tokenizer.dumps()
-        flying: deque[tuple[_Partition, Future[_Encoded]]] = deque()
-        try:
-            for partition in partitions:
-                flying.append((partition, self._pool.submit(_encode_in_worker, partition, tokenizer.kind, data)))
-                if len(flying) > 2 * self._processes:
-                    first, future = flying.popleft()
-                    yield first, future.result()
-            for first, future in flying:
-                yield first, future.result()
-        except BrokenProcessPool as error:
-            raise DatasetError(
-                "a packing process was killed (often for lack of memory): pack again with fewer (--num-processes)"
-            ) from error
-
-    def __enter__(self) -> _Encoder:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        if self._pool is not None:
-            self._pool.shutdown(wait=True, cancel_futures=True)
-
-
-def _start_worker(parent: int) -> None:
-    become_helper(parent)
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the library's own switch; the processes are the parallelism
-
-
-_worker_tokenizer: tuple[bytes, text.Tokenizer] | None = None
-
-
-def _encode_in_worker(partition: _Partition, kind: str, data: bytes) -> _Encoded:
-    global _worker_tokenizer
-    if _worker_tokenizer is None or _worker_tokenizer[0] != data:
-        _worker_tokenizer = data, text.from_data(kind, data)
-    return _encode(partition, _worker_tokenizer[1])
+    def finish(self) -> None:
+        """All of it is done: what was skipped or packed before does not count again."""
+        if self._total_bytes is not None:
+            self(self._total_bytes)
 
 
 __all__ = ["PackProgress", "pack"]
