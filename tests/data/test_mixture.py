@@ -17,6 +17,7 @@ from turbopump.data.mixture_order import MIX_BLOCK, MixtureOrder, taken_of, whol
 from turbopump.data.order import Order
 from turbopump.data.ragged import Ragged, ragged_of
 from turbopump.data.source_order import source_order
+from turbopump.pack import pack
 
 WEIGHTS = st.lists(st.integers(0, 1000).map(lambda k: k / 1000), min_size=1, max_size=6).filter(sum)
 
@@ -312,6 +313,37 @@ def test_recipes_with_problems(installed, data, problem):
     with pytest.raises(ConfigError) as caught:
         _parsed(**data)
     assert any(found.startswith(problem) for found in caught.value.problems), caught.value.problems
+
+
+def _packed(place, text, **options):
+    manifest = pack(iter([text] * 40), place, validation=0.2, **options)
+    assert manifest.kind == "tokens"
+    return {"kind": "tokens", "path": str(place), "seq_len": 16, "weight": 1.0}
+
+
+def test_packed_token_datasets_are_mixed_and_read(installed, tmp_path):
+    parts = [_packed(tmp_path / name, text) for name, text in (("a", "alpha " * 20), ("b", "beta " * 30))]
+    data = _parsed(parts=parts).data
+    mixture = MIXTURE.open(data, "train")
+    alone = [plugins.find("turbopump.sources", "tokens").open(part, "train") for part in data.parts]
+    assert MIXTURE.shape(data) == {"seq_len": 16, "vocab_size": mixture.vocab_size}
+    assert len(mixture) == sum(map(len, alone)) and mixture.decode(mixture.encode("beta")) == "beta"
+    indices = source_order(mixture, 32, seed=1).step_ids(3)[1]
+    rows = mixture.__getitems__(indices)
+    first = len(alone[0])
+    assert np.array_equal(rows, np.stack([alone[0][k] if k < first else alone[1][k - first] for k in indices.tolist()]))
+    tokens = [source.num_tokens for source in alone]
+    source_bytes = sum(source.bytes_per_token * count for source, count in zip(alone, tokens))
+    assert mixture.bytes_per_token == pytest.approx(source_bytes / sum(tokens))
+
+
+def test_datasets_of_different_tokenizers_are_refused(installed, tmp_path):
+    parts = [
+        _packed(tmp_path / "a", "some words to learn from " * 20, tokenizer="bpe", vocab_size=260),
+        _packed(tmp_path / "b", "others are not the same, 1 2 3 " * 20, tokenizer="bpe", vocab_size=260),
+    ]
+    with pytest.raises(DatasetError, match=r"cannot be mixed: tokenizer is"):
+        MIXTURE.open(_parsed(parts=parts).data, "train")
 
 
 def test_plain_and_mixed_orders_of_one_source_agree():

@@ -141,7 +141,7 @@ def test_blocks_touch_few_blocks_and_still_shuffle():
 @given(n=st.integers(1, 500), batch=st.integers(1, 600), order=KINDS)
 def test_quality_has_figures_at_any_size(n, batch, order):
     quality = order_quality(Order(n, batch, order=order, block_samples=7), block_samples=7)
-    assert 1 <= quality.blocks <= quality.requests <= min(n, batch) or quality.requests < quality.blocks <= n // 7 + 1
+    assert 1 <= quality.requests <= min(n, batch) and 1 <= quality.blocks <= min(-(-n // 7), batch)
     assert 0 <= quality.neighbours <= 1 and 0 <= quality.distance < 1 and 0 <= quality.spread < 1
     assert true_shuffle(n, batch, block_samples=7).blocks <= -(-n // 7)
 

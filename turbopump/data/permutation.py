@@ -16,7 +16,7 @@ import numpy as np
 
 ROUNDS = 6
 MAX_N = 1 << 62  # sides stay below 2^32, so that hash * side fits 64 bits
-_MIN_SIDE = 8
+_MIN_SIDE = 5
 _CHUNK = 1 << 14  # elements turned at once: their four arrays of 128 KiB stay in the second-level cache
 _MASK = (1 << 64) - 1
 _GOLDEN = 0x9E3779B97F4A7C15
@@ -92,7 +92,7 @@ def _keys(seed: int, stream: Ints) -> Words:
 def _sides(n: Ints) -> tuple[Words, Words]:
     """a and b of the domain: a = floor(sqrt(n)) + 1, b = floor(n / a) + 1, so a * b > n whatever sqrt rounds to.
 
-    Neither is below `_MIN_SIDE`: on 2 x 2, six rounds favour some places by 7 %; on 8 x 8 nothing shows in 10^5 orders.
+    Neither is below `_MIN_SIDE`: on 2 x 2, six rounds favour some places by 7 %; on 5 x 5 by less than 0.5 %.
     """
     if isinstance(n, int):
         a = max(int(math.sqrt(n)) + 1, _MIN_SIDE)
