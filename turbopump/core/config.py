@@ -22,7 +22,7 @@ from typing import Annotated, Any, Literal
 
 import tomli_w
 from annotated_types import Ge, Gt, Le, Lt
-from pydantic import TypeAdapter, ValidationError
+from pydantic import Discriminator, TypeAdapter, ValidationError
 
 from turbopump.core import plugins
 from turbopump.core.errors import ConfigError, UsageError
@@ -35,6 +35,7 @@ PositiveFloat = Annotated[float, Gt(0)]
 NonNegativeFloat = Annotated[float, Ge(0)]
 Fraction = Annotated[float, Ge(0), Le(1)]
 Probability = Annotated[float, Ge(0), Lt(1)]
+BY_KIND = Discriminator("kind")  # of a union of config dataclasses: which one a table is, its `kind` says
 
 
 def setting(default: Any = MISSING, doc: str = "") -> Any:
@@ -85,9 +86,18 @@ class PrecisionConfig:
 
 @dataclass(frozen=True)
 class LoaderConfig:
-    """How samples reach the model; none of it changes which samples a step sees."""
+    """How samples reach the model; nothing but the order's settings changes which samples a step sees."""
 
-    order: Literal["shuffle", "sequential"] = setting("shuffle", "order of the samples within an epoch")
+    order: Literal["shuffle", "blocks", "sequential", "bucketed"] = setting(
+        "shuffle",
+        "order of the samples within an epoch: `shuffle`; `blocks` for storage that is slow at single records; "
+        "`sequential`; `bucketed`: batches of samples of similar length, for a dataset with a table of lengths",
+    )
+    block_samples: PositiveInt = setting(
+        1024, "samples that stay neighbours until their window is shuffled, of `blocks`"
+    )
+    window_blocks: PositiveInt = setting(16, "blocks that are shuffled together, of `blocks`; more shuffle better")
+    num_buckets: PositiveInt = setting(64, "parts of equal size that the lengths are divided into, of `bucketed`")
     num_workers: NonNegativeInt = setting(0, "loader processes; 0 reads in the training process")
     prefetch_steps: PositiveInt = setting(2, "steps each worker holds ready")
 
@@ -321,10 +331,26 @@ def _dotted(cls: Any, location: Sequence[int | str], prefix: str) -> str:
     for part in location:
         if dataclasses.is_dataclass(cls) and part in (hints := typing.get_type_hints(cls)):
             cls = hints[str(part)]
-        elif not isinstance(part, int):
+        elif isinstance(part, int):
+            cls = _element(cls)
+        else:
+            cls = _branch(cls, part)
             continue
         path.append(str(part))
     return ".".join(path)
+
+
+def _element(hint: Any) -> Any:
+    """The type of a list's elements."""
+    return (typing.get_args(hint) or (hint,))[0]
+
+
+def _branch(hint: Any, kind: Any) -> Any:
+    """The dataclass of a union that tables of `kind` are read by; the hint itself where there is none."""
+    for choice in typing.get_args(hint):
+        if dataclasses.is_dataclass(choice) and kind in typing.get_args(typing.get_type_hints(choice).get("kind")):
+            return choice
+    return hint
 
 
 def _plain(item: Any) -> str:
@@ -349,6 +375,11 @@ def _key_problems(cls: type, values: Mapping[Any, Any], prefix: str) -> dict[str
             problems[path] = f"{path}: no such setting; {hint}"
         elif dataclasses.is_dataclass(hints[key]) and isinstance(value, Mapping):
             problems |= _key_problems(typing.cast(type, hints[key]), value, path)
+        elif isinstance(value, Sequence) and not isinstance(value, str):
+            for number, item in enumerate(value):
+                inner = _branch(_element(hints[key]), item.get("kind")) if isinstance(item, Mapping) else None
+                if dataclasses.is_dataclass(inner):
+                    problems |= _key_problems(typing.cast(type, inner), item, f"{path}.{number}")
         elif isinstance(value, bool) and _is_number(hints[key]):
             problems[path] = f"{path}: {str(value).lower()} given; a number is needed"
         elif isinstance(value, int) and not -(2**63) <= value < 2**63:
@@ -380,11 +411,13 @@ def to_table(config: Any) -> dict[str, Any]:
         value = getattr(config, item.name)
         if value is None:
             continue
-        table[item.name] = to_table(value) if dataclasses.is_dataclass(value) else _as_lists(value)
+        table[item.name] = _as_lists(value)
     return table
 
 
 def _as_lists(value: Any) -> Any:
+    if dataclasses.is_dataclass(value):
+        return to_table(value)
     return [_as_lists(item) for item in value] if isinstance(value, tuple | list) else value
 
 
@@ -443,7 +476,7 @@ def describe_type(hint: Any) -> str:
     if origin is Literal:
         return " | ".join(tomli_w.dumps({"v": value})[4:].strip() for value in inside if value is not None)
     if origin in (typing.Union, types.UnionType):
-        return " | ".join(describe_type(choice) for choice in inside if choice is not type(None))
+        return " | ".join(dict.fromkeys(describe_type(choice) for choice in inside if choice is not type(None)))
     if origin in (tuple, list):
         same = origin is list or (len(inside) == 2 and inside[1] is Ellipsis)
         return f"list of {describe_type(inside[0])}" if same else f"[{', '.join(map(describe_type, inside))}]"

@@ -36,6 +36,8 @@ def recipe_reference() -> str:
     for name, group in config.KIND_TABLES.items():
         for kind, cls in kinds(group).items():
             parts += [f'## `[{name}]` with `kind = "{kind}"`\n', f"{_first_line(cls)}\n", _keys_table(cls)]
+            for key, item in _lists_of_tables(cls):
+                parts += [f"### `[[{name}.{key}]]`: {_first_line(item)}\n", _keys_table(item)]
     return "\n".join(parts)
 
 
@@ -71,6 +73,15 @@ def _tables(cls: type) -> Iterator[tuple[str, type]]:
     for name, hint in typing.get_type_hints(cls).items():
         if dataclasses.is_dataclass(hint):
             yield name, typing.cast(type, hint)
+
+
+def _lists_of_tables(cls: type) -> Iterator[tuple[str, type]]:
+    """Keys of a config that hold a list of tables, with each config that reads such a table."""
+    for name, hint in typing.get_type_hints(cls).items():
+        for element in typing.get_args(hint)[:1]:
+            for choice in (element, *typing.get_args(element)):
+                if dataclasses.is_dataclass(choice):
+                    yield name, typing.cast(type, choice)
 
 
 def _keys_table(cls: Any) -> str:
@@ -141,9 +152,25 @@ def _described(schema: dict[str, Any], cls: Any) -> dict[str, Any]:
         inner = properties[item.name]
         if dataclasses.is_dataclass(hints[item.name]):
             inner = _described(inner, hints[item.name])
+        elif "items" in inner:
+            inner = {**inner, "items": _described_items(inner["items"], *typing.get_args(hints[item.name])[:1])}
         inner = {key: value for key, value in inner.items() if key != "title"}
         properties[item.name] = {**inner, "description": item.metadata.get("doc", "")}
     return {key: value for key, value in {**schema, "properties": properties}.items() if key != "title"}
+
+
+def _described_items(schema: dict[str, Any], hint: Any = None) -> dict[str, Any]:
+    """The schema of a list's elements, where these are config dataclasses or a choice of them by kind."""
+    if dataclasses.is_dataclass(hint):
+        return _described(schema, hint)
+    choices = typing.get_args(hint)
+    if not choices or not all(map(dataclasses.is_dataclass, choices)):
+        return schema
+    described = []
+    for one, cls in zip(schema["oneOf"], choices, strict=True):
+        inner = _described(one, cls)
+        described.append({**inner, "required": sorted({"kind", *inner.get("required", ())})})
+    return {"oneOf": described}
 
 
 def render() -> dict[str, str]:

@@ -1,0 +1,61 @@
+"""Which order a source is read in: the settings of `[loader]`, and what the source itself says about it.
+
+A source may have either of two optional members:
+
+- `make_order(global_batch, *, order, seed, block_samples, window_blocks) -> StepOrder`: it makes its own order (a
+  mixture draws from its parts). The indices of that order are the source's; it raises `UsageError` for an `order` it
+  does not know.
+- `lengths`: one whole number a sample (an array or a memory map), from which "bucketed" makes its batches; and
+  `sorted_index`, where it keeps `buckets.sorted_by_length(lengths)`.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from turbopump.core.errors import UsageError
+from turbopump.data.buckets import NUM_BUCKETS, BucketOrder
+from turbopump.data.order import BLOCK_SAMPLES, WINDOW_BLOCKS, Order, OrderKind, StepOrder
+
+
+def source_order(
+    source: Any,
+    global_batch: int,
+    *,
+    order: OrderKind | Literal["bucketed"] = "shuffle",
+    seed: int = 0,
+    block_samples: int = BLOCK_SAMPLES,
+    window_blocks: int = WINDOW_BLOCKS,
+    num_buckets: int = NUM_BUCKETS,
+) -> StepOrder:
+    """The order of a run over `source`; raises `UsageError` where the source cannot be read in it."""
+    make_order = getattr(source, "make_order", None)
+    if make_order is not None:
+        return make_order(
+            global_batch, order=order, seed=seed, block_samples=block_samples, window_blocks=window_blocks
+        )
+    if order != "bucketed":
+        return Order(
+            len(source),
+            global_batch,
+            order=order,
+            seed=seed,
+            block_samples=block_samples,
+            window_blocks=window_blocks,
+        )
+    lengths = getattr(source, "lengths", None)
+    if lengths is None:
+        name = getattr(source, "name", type(source).__name__)
+        raise UsageError(
+            f'loader.order = "bucketed" needs a table of lengths, and {name} has none: use "shuffle", "blocks" or '
+            f'"sequential"'
+        )
+    if len(lengths) != len(source):
+        raise UsageError(f"{len(lengths)} lengths for {len(source)} samples: the source's `lengths` must have one each")
+    return BucketOrder(
+        lengths,
+        global_batch,
+        seed=seed,
+        num_buckets=num_buckets,
+        sorted_index=getattr(source, "sorted_index", None),
+    )
