@@ -1,0 +1,412 @@
+"""Cold reads: many byte ranges of files at once, past the page cache (`direct.cpp`), and batches ahead of their use.
+
+    io_uring    one thread keeps `depth` reads in flight, across batches; containers often forbid it
+    threads     a pool of threads with pread, where io_uring is refused
+    python      the reference, where nothing can be compiled: a pool of Python threads
+
+All read with O_DIRECT, which takes whole sectors: a range is widened to them, and its bytes lie in memory at the page
+phase that they have in the file (a copy is several times slower between phases 1 to 31 bytes apart). Where a file
+system refuses O_DIRECT the page cache is used, without read-ahead, and `engine` says so. `auto` takes the first engine
+that works; `reason` says why it is not the first.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import mmap
+import os
+import resource
+from collections import deque
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Literal, NamedTuple, Protocol
+
+import numpy as np
+from numpy.typing import ArrayLike
+
+from turbopump.core.errors import CorruptDataError, DatasetError, UsageError
+from turbopump.data import native
+
+PAGE_BYTES = 4096
+SECTORS = (512, 4096)
+MAX_DEPTH = 4096
+MAX_OFFSET, MAX_LENGTH = 1 << 60, 1 << 40  # beyond is damage; sums of millions stay in 64 bits
+_WAIT_MS = 200  # how long Ctrl-C may wait
+EngineName = Literal["auto", "io_uring", "threads", "python"]
+
+
+class Ranges(NamedTuple):
+    """Which bytes of which files: int32, int64, int64 [n]."""
+
+    handles: np.ndarray
+    offsets: np.ndarray
+    lengths: np.ndarray
+
+    def same(self, other: Ranges) -> bool:
+        return all(np.array_equal(mine, yours) for mine, yours in zip(self, other))
+
+
+class _ReadFailure(Exception):
+    """Range number `range` failed with `error`, or its file ended (0), after what lies before `reached`."""
+
+    def __init__(self, error: int, range_number: int, reached: int) -> None:
+        super().__init__(error, range_number, reached)
+        self.error, self.range, self.reached = error, range_number, reached
+
+
+class _Engine(Protocol):
+    """What reads batches, in the order they were submitted."""
+
+    def set_file(self, handle: int, descriptor: int, sector: int) -> None: ...
+    def submit(self, ranges: Ranges) -> None: ...
+    def collect(self) -> np.ndarray: ...  # of the oldest batch; valid until the next; raises `_ReadFailure`
+    def cancel(self) -> None: ...
+    def close(self) -> None: ...
+    def abandon(self) -> None: ...
+
+
+class DirectReader:
+    """Reads many byte ranges of files at once; a context manager. Not to be used by two threads at the same time.
+
+    At most `max_pending` batches are prefetched; memory is that of one more, as large as the largest were. A forked
+    child goes on with the same files and nothing prefetched. `engine` says what was chosen.
+    """
+
+    def __init__(self, *, depth: int = 64, engine: EngineName = "auto", max_pending: int = 8) -> None:
+        if not 1 <= depth <= MAX_DEPTH:
+            raise UsageError(f"depth ({depth}) must be 1 to {MAX_DEPTH}: 64 suits most disks")
+        if max_pending < 1:
+            raise UsageError(f"max_pending ({max_pending}) must be at least 1")
+        self.depth, self.max_pending = depth, max_pending
+        self.reason = ""
+        self._files: list[tuple[str, int, int]] = []  # path, descriptor, sector (1: through the page cache)
+        self._sectors: dict[int, int] = {}  # by device
+        self._pending: deque[Ranges] = deque()
+        self._pid = os.getpid()
+        self._engine: _Engine | None = None
+        self._engine, self._name = self._start(engine)
+
+    @property
+    def engine(self) -> str:
+        """What was chosen, e.g. `io_uring O_DIRECT, 64 deep`."""
+        cached = sum(sector == 1 for _, _, sector in self._files)
+        if not cached:
+            how = "O_DIRECT"
+        else:
+            how = f"through the page cache (O_DIRECT is refused by {cached} of {len(self._files)} files)"
+        return f"{self._name} {how}, {self.depth} deep"
+
+    def open(self, path: str | Path) -> int:
+        """A handle of the file for `read`; raises `DatasetError` where it cannot be opened."""
+        engine = self._living()
+        try:
+            descriptor, direct = _open(path)
+        except OSError as error:
+            raise DatasetError(_not_opened(error, path)) from error
+        try:
+            sector = self._sector(descriptor) if direct else 1
+            if direct and sector == 1:
+                os.close(descriptor)
+                descriptor, _ = _open(path, direct=False)
+            if sector == 1:
+                os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_RANDOM)  # read-ahead would read megabytes a range
+        except OSError as error:
+            with suppress(OSError):
+                os.close(descriptor)
+            raise DatasetError(_not_opened(error, path)) from error
+        handle = len(self._files)
+        self._files.append((str(path), descriptor, sector))
+        engine.set_file(handle, descriptor, sector)
+        return handle
+
+    def read(self, handles: ArrayLike, offsets: ArrayLike, lengths: ArrayLike) -> np.ndarray:
+        """Address of each range's bytes, uint64 [n], valid until the next `read`.
+
+        Takes what was prefetched first; raises `UsageError` where that was of other ranges, `CorruptDataError` for
+        a range past the end of its file, and `DatasetError` for one that the system cannot read.
+        """
+        engine, ranges = self._living(), self._ranges(handles, offsets, lengths)
+        if not self._pending:
+            engine.submit(ranges)
+        elif self._pending[0].same(ranges):
+            self._pending.popleft()
+        else:
+            raise UsageError(
+                f"these {len(ranges.handles)} ranges are not those prefetched first ({len(self._pending[0].handles)} "
+                "ranges): read what was prefetched, in its order, or drop it with cancel()"
+            )
+        try:
+            return engine.collect()
+        except _ReadFailure as failure:
+            raise self._explained(failure, ranges) from None
+        except BaseException:  # Ctrl-C while waiting: what is under way belongs to nobody
+            self.cancel()
+            raise
+
+    def prefetch(self, handles: ArrayLike, offsets: ArrayLike, lengths: ArrayLike) -> None:
+        """Start reading these ranges, for a later `read` of the same; raises `UsageError` beyond `max_pending`."""
+        engine, ranges = self._living(), self._ranges(handles, offsets, lengths, copy=True)
+        if len(self._pending) >= self.max_pending:
+            raise UsageError(f"{len(self._pending)} batches are prefetched, max_pending allows no more: read one first")
+        engine.submit(ranges)
+        self._pending.append(ranges)
+
+    def cancel(self) -> None:
+        """Drop what was prefetched and not read."""
+        engine = self._living()
+        self._pending.clear()
+        engine.cancel()
+
+    def close(self) -> None:
+        """End the reads, give memory and descriptors back. Addresses become invalid. Twice is once."""
+        engine, self._engine = self._engine, None
+        if engine is not None:
+            engine.close() if self._pid == os.getpid() else engine.abandon()
+        while self._files:
+            with suppress(OSError):
+                os.close(self._files.pop()[1])
+
+    def __enter__(self) -> DirectReader:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        self.close()
+
+    def __del__(self) -> None:
+        if getattr(self, "_engine", None) is not None:
+            self.close()
+
+    def _start(self, name: EngineName) -> tuple[_Engine, str]:
+        if name not in ("auto", "io_uring", "threads", "python"):
+            raise UsageError(f"no engine {name!r} (known: auto, io_uring, threads, python)")
+        library = None if name == "python" else native.load("direct")
+        reasons = []
+        for candidate in ("io_uring", "threads"):
+            if name not in ("auto", candidate):
+                continue
+            try:
+                if library is None:
+                    raise OSError(errno.ENOSYS, "direct.cpp is not compiled here")
+                engine = _Native(library, candidate, self.depth)
+                self.reason = "; ".join(reasons)
+                return engine, candidate
+            except OSError as error:
+                reasons.append(f"{candidate}: {error.strerror}")
+        if name in ("auto", "python"):
+            self.reason = "; ".join(reasons)
+            return _PythonPool(self.depth), "python"
+        raise UsageError(f"engine {name!r} does not work here ({reasons[0]}): set it to auto, threads or python")
+
+    def _living(self) -> _Engine:
+        """The engine of this process: threads and rings do not survive a fork, open files do."""
+        if self._engine is None:
+            raise UsageError("the reader is closed: make another")
+        if self._pid != os.getpid():
+            self._engine.abandon()
+            self._pid = os.getpid()
+            self._pending.clear()
+            self._engine, self._name = self._start(self._name)  # type: ignore[arg-type]
+            for handle, (_, descriptor, sector) in enumerate(self._files):
+                self._engine.set_file(handle, descriptor, sector)
+        return self._engine
+
+    def _ranges(self, handles: ArrayLike, offsets: ArrayLike, lengths: ArrayLike, *, copy: bool = False) -> Ranges:
+        make: Callable[..., np.ndarray] = np.array if copy else np.asarray
+        given = Ranges(make(handles, np.int32), make(offsets, np.int64), make(lengths, np.int64))
+        n = len(given.handles)
+        if any(part.shape != (n,) for part in given):
+            shapes = ", ".join(str(part.shape) for part in given)
+            raise UsageError(f"handles, offsets and lengths must have one shape [n]: {shapes} given")
+        if n and not (0 <= given.handles.min() and given.handles.max() < len(self._files)):
+            raise UsageError(f"handles must be 0 to {len(self._files) - 1}, as `open` gave them")
+        bad = (given.offsets.view(np.uint64) > MAX_OFFSET) | (given.lengths.view(np.uint64) > MAX_LENGTH)  # or negative
+        if bad.any():
+            i = int(np.argmax(bad))
+            raise CorruptDataError(
+                f"{self._files[given.handles[i]][0]}: {given.lengths[i]} bytes at {given.offsets[i]} is no range "
+                "of a file: its offsets are damaged; pack the dataset anew or copy it again"
+            )
+        return Ranges(*map(np.ascontiguousarray, given))
+
+    def _sector(self, descriptor: int) -> int:
+        """Of what offsets and lengths of direct reads must be multiples; 1 where the file system refuses them."""
+        device = os.fstat(descriptor).st_dev
+        if device not in self._sectors:
+            self._sectors[device] = next((sector for sector in SECTORS if _reads_direct(descriptor, sector)), 1)
+        return self._sectors[device]
+
+    def _explained(self, failure: _ReadFailure, ranges: Ranges) -> DatasetError:
+        handle, offset, length = (int(part[failure.range]) for part in ranges)
+        path, descriptor, _ = self._files[handle]
+        if failure.error:
+            return DatasetError(
+                f"{path}: bytes {offset} to {offset + length} cannot be read: {os.strerror(failure.error)}"
+            )
+        size = os.fstat(descriptor).st_size
+        return CorruptDataError(
+            f"{path}: bytes {offset} to {offset + length} were asked for, but the file ends at {min(size, failure.reached)}"
+            ": it was cut short; copy it again or pack the dataset anew"
+        )
+
+
+def _open(path: str | Path, *, direct: bool = True) -> tuple[int, bool]:
+    """A descriptor, and whether it reads past the page cache. Raises `OSError`."""
+    flags = os.O_RDONLY | os.O_CLOEXEC
+    try:
+        return os.open(path, flags | (os.O_DIRECT if direct else 0)), direct
+    except OSError as error:
+        if error.errno == errno.EMFILE and _more_descriptors():
+            return _open(path, direct=direct)
+        if error.errno in (errno.EINVAL, errno.EOPNOTSUPP) and direct:
+            return _open(path, direct=False)
+        raise
+
+
+def _more_descriptors() -> bool:
+    """Use what the administrator allows: the soft limit of 1024 is there for programs that call select(2)."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft == hard:
+        return False
+    with suppress(OSError, ValueError):
+        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+    return resource.getrlimit(resource.RLIMIT_NOFILE)[0] > soft
+
+
+def _not_opened(error: OSError, path: str | Path) -> str:
+    if error.errno == errno.EMFILE:
+        return f"{path} cannot be opened: this process has too many files open; raise the limit with ulimit -n"
+    return f"{path} cannot be opened: {error.strerror or error}"
+
+
+def _reads_direct(descriptor: int, sector: int) -> bool:
+    """Whether a direct read of one sector works; raises `OSError` for other troubles than its alignment."""
+    with mmap.mmap(-1, PAGE_BYTES) as memory:
+        try:
+            os.preadv(descriptor, [memoryview(memory)[:sector]], sector)
+        except OSError as error:
+            if error.errno in (errno.EINVAL, errno.EOPNOTSUPP):
+                return False
+            raise
+    return True
+
+
+class _Native:
+    """`direct.cpp`. Raises `OSError` where the engine is refused."""
+
+    def __init__(self, library: ctypes.CDLL, name: str, depth: int) -> None:
+        self._library, error = library, ctypes.c_int()
+        library.direct_start.restype = ctypes.c_void_p
+        address = library.direct_start(int(name == "io_uring"), depth, ctypes.byref(error))
+        if not address:
+            raise OSError(error.value, os.strerror(error.value))
+        self._reader = ctypes.c_void_p(address)
+        self._counts: deque[int] = deque()
+
+    def set_file(self, handle: int, descriptor: int, sector: int) -> None:
+        self._library.direct_set_file(self._reader, handle, descriptor, ctypes.c_int64(sector))
+
+    def submit(self, ranges: Ranges) -> None:
+        pointers = [ctypes.c_void_p(part.ctypes.data) for part in ranges]
+        error = self._library.direct_submit(self._reader, ctypes.c_int64(len(ranges.handles)), *pointers)
+        if error:
+            raise _not_submitted(error, ranges)
+        self._counts.append(len(ranges.handles))
+
+    def collect(self) -> np.ndarray:
+        addresses, failure = np.empty(self._counts[0], np.uint64), (ctypes.c_int64 * 3)()
+        to = ctypes.c_void_p(addresses.ctypes.data)
+        while (outcome := self._library.direct_collect(self._reader, _WAIT_MS, to, failure)) == 1:
+            pass  # signals are handled here
+        self._counts.popleft()
+        if outcome:
+            raise _ReadFailure(max(failure[0], 0), failure[1], failure[2])
+        return addresses
+
+    def cancel(self) -> None:
+        self._counts.clear()
+        self._library.direct_cancel(self._reader)
+
+    def close(self) -> None:
+        self._library.direct_stop(self._reader)
+
+    def abandon(self) -> None:
+        self._library.direct_abandon(self._reader)
+
+
+def _not_submitted(error: int, ranges: Ranges) -> DatasetError:
+    if error == errno.ENOMEM:
+        num_bytes = int(ranges.lengths.sum(dtype=np.float64))
+        return DatasetError(f"no memory for a batch of {num_bytes} bytes: read fewer or shorter ranges at once")
+    return DatasetError(f"reading has broken down: {os.strerror(error)}")
+
+
+class _PythonPool:
+    """The reference: each range on its own, widened to sectors, by threads with preadv."""
+
+    def __init__(self, depth: int) -> None:
+        self._pool = ThreadPoolExecutor(depth, "direct-read")
+        self._files: dict[int, tuple[int, int]] = {}
+        self._batches: deque[tuple[Any, np.ndarray, list[Future[None]]]] = deque()
+        self._current: Any = None
+
+    def set_file(self, handle: int, descriptor: int, sector: int) -> None:
+        self._files[handle] = descriptor, sector
+
+    def submit(self, ranges: Ranges) -> None:
+        sectors = np.array([self._files[handle][1] for handle in ranges.handles.tolist()], np.int64)
+        begins = ranges.offsets // sectors * sectors
+        sizes = -(-(ranges.offsets + ranges.lengths - begins) // sectors) * sectors
+        phases = begins % PAGE_BYTES
+        spaces = -(-(phases + sizes) // PAGE_BYTES) * PAGE_BYTES
+        places = np.cumsum(spaces) - spaces + phases
+        try:
+            memory = np.frombuffer(mmap.mmap(-1, max(int(spaces.sum()), 1)), np.uint8)
+        except (OSError, OverflowError, ValueError):
+            raise _not_submitted(errno.ENOMEM, ranges) from None
+        needed = ranges.offsets + ranges.lengths - begins
+        columns = zip(*(column.tolist() for column in (ranges.handles, begins, needed, places, sizes)))
+        futures = [
+            self._pool.submit(self._read, number, handle, begin, needed, memory[place : place + size])
+            for number, (handle, begin, needed, place, size) in enumerate(columns)
+        ]
+        addresses = (places + ranges.offsets - begins).astype(np.uint64) + np.uint64(memory.ctypes.data)
+        self._batches.append((memory, addresses, futures))
+
+    def _read(self, number: int, handle: int, begin: int, needed: int, into: np.ndarray) -> None:
+        (descriptor, sector), done = self._files[handle], 0
+        while done < needed:
+            try:
+                count = os.preadv(descriptor, [into[done:].data], begin + done)
+            except OSError as error:
+                raise _ReadFailure(error.errno or errno.EIO, number, begin + done) from None
+            done += count
+            # a direct read that ends within a sector has met the end of the file, and could not go on from there
+            if done < needed and (count == 0 or done % sector):
+                raise _ReadFailure(0, number, begin + done)
+
+    def collect(self) -> np.ndarray:
+        memory, addresses, futures = self._batches[0]
+        for future in futures:
+            future.exception()  # all have ended before anything is reported
+        self._batches.popleft()
+        self._current = memory
+        for future in futures:
+            future.result()
+        return addresses
+
+    def cancel(self) -> None:
+        for _, _, futures in self._batches:
+            for future in futures:
+                future.cancel()
+        self._batches.clear()  # a read under way keeps its memory
+
+    def close(self) -> None:
+        self.cancel()
+        self._pool.shutdown(wait=True)
+
+    def abandon(self) -> None:
+        self._batches.clear()
