@@ -330,7 +330,7 @@ def test_the_range_past_the_end_is_named_among_many(files, engine):
     with opened(engine, files) as reader:
         with pytest.raises(CorruptDataError, match=f"bytes {size - 30} to {size + 1} .* ends at {size}"):
             reader.read(*columns(ranges))
-        with pytest.raises(CorruptDataError, match="5.bin: bytes 400000 to 400001"):
+        with pytest.raises(CorruptDataError, match=r"5\.bin: bytes 400000 to 400001"):
             reader.read([5], [400_000], [1])
 
 
@@ -391,7 +391,7 @@ def test_without_a_compiler_python_reads(files, monkeypatch):
         assert reader.engine == "python O_DIRECT, 64 deep"
         assert reader.reason.startswith("io_uring: direct.cpp is not compiled here; threads: ")
         assert taken(reader, [(6, 7, 70)]) == [files[6][1][7:77]]
-    with pytest.raises(UsageError, match="io_uring.*does not work here"):
+    with pytest.raises(UsageError, match=r"io_uring.*does not work here"):
         DirectReader(engine="io_uring")
 
 
