@@ -158,9 +158,8 @@ def main() -> None:
         print(f"{result.record} records, {result.engine}")
         for name, speed in result.speeds.items():
             bytes_per_s, cpu_us = speed.reads_per_s * result.record_bytes, 1e6 * speed.cpu_s_per_read
-            print(
-                f"  {name:24}{speed.reads_per_s:9,.0f} reads/s {bytes_per_s / 1e6:7,.0f} MB/s, {cpu_us:4.1f} us CPU a read"
-            )
+            rate = f"{speed.reads_per_s:9,.0f} reads/s {bytes_per_s / 1e6:7,.0f} MB/s"
+            print(f"  {name:24}{rate}, {cpu_us:4.1f} us of CPU a read")
         if result.ratio is None:
             print("  fio is not installed: no comparison")
         else:

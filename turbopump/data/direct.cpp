@@ -1,4 +1,4 @@
-// Many byte ranges of files read at once, past the page cache. `direct.py` calls this and holds the reference.
+// Many byte ranges of files read at once, past the page cache. `direct_engines.py` calls this and holds the reference.
 //
 // A batch of ranges becomes requests: ranges of one file that touch or nearly touch are read together, each request is
 // widened to the sectors that O_DIRECT asks for, and lies in the batch's memory at the page phase it has in the file.
@@ -96,7 +96,7 @@ struct Batch {
     bytes = round_up(bytes + bytes / 8, kHugePage);
     void* mapped = mmap(nullptr, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
     if (mapped == MAP_FAILED) return errno;
-    madvise(mapped, bytes, MADV_HUGEPAGE);  // one segment of a transfer, not one a page: 1.1 x at 12 KB, 1.3 x at 110 KB
+    madvise(mapped, bytes, MADV_HUGEPAGE);  // fewer segments a transfer: 1.1 x at 12 KB, 1.3 x at 110 KB
     madvise(mapped, bytes, MADV_DONTFORK);  // the device writes here: a forked child must not make it a copy
     memory = static_cast<uint8_t*>(mapped);
     memory_bytes = bytes;
@@ -406,7 +406,7 @@ class Uring final : public Reader {
  private:
   int set_up() {
     io_uring_params params{};
-    // from Linux 6.1, 5.19 and 5.1 on: completions are worked off when this thread asks for them, not by interrupting it
+    // from Linux 6.1, 5.19, 5.1 on: completions are worked off when this thread asks, not by interrupting it
     for (unsigned flags : {IORING_SETUP_SINGLE_ISSUER | IORING_SETUP_DEFER_TASKRUN, IORING_SETUP_COOP_TASKRUN, 0U}) {
       params = {};
       params.flags = flags;

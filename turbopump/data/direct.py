@@ -12,7 +12,6 @@ that works; `reason` says why it is not the first.
 
 from __future__ import annotations
 
-import ctypes
 import errno
 import mmap
 import os
@@ -20,54 +19,23 @@ import resource
 import stat
 from collections import deque
 from collections.abc import Callable
-from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Literal, NamedTuple, Protocol
+from typing import Literal
 
 import numpy as np
 from numpy.typing import ArrayLike
 
 from turbopump.core.errors import CorruptDataError, DatasetError, UsageError
 from turbopump.data import native
+from turbopump.data.direct_engines import Engine, NativeEngine, PythonPool, Ranges, ReadFailure
 
 # what any disk takes; 512 where a disk takes that too read as fast (ratio at 2, 12, 110 KB: 1.04, 1.02, 0.89)
 SECTOR_BYTES = 4096
 MAX_DEPTH, MAX_THREADS = 4096, 64
 MAX_OFFSET, MAX_LENGTH = 1 << 60, 1 << 40  # beyond is damage; sums of millions stay in 64 bits
-_WAIT_MS = 200  # how long Ctrl-C may wait
 EngineName = Literal["auto", "io_uring", "threads", "python"]
-
-
-class Ranges(NamedTuple):
-    """Which bytes of which files: int32, int64, int64 [n]."""
-
-    handles: np.ndarray
-    offsets: np.ndarray
-    lengths: np.ndarray
-
-    def same(self, other: Ranges) -> bool:
-        return all(np.array_equal(mine, yours) for mine, yours in zip(self, other))
-
-
-class _ReadFailure(Exception):
-    """Range number `range` failed with `error`, or its file ended (0), after what lies before `reached`."""
-
-    def __init__(self, error: int, range_number: int, reached: int) -> None:
-        super().__init__(error, range_number, reached)
-        self.error, self.range, self.reached = error, range_number, reached
-
-
-class _Engine(Protocol):
-    """What reads batches, in the order they were submitted."""
-
-    def set_file(self, handle: int, descriptor: int, sector: int) -> None: ...
-    def submit(self, ranges: Ranges) -> None: ...
-    def collect(self) -> np.ndarray: ...  # of the oldest batch; valid until the next; raises `_ReadFailure`
-    def cancel(self) -> None: ...
-    def close(self) -> None: ...
-    def abandon(self) -> None: ...
 
 
 class DirectReader:
@@ -88,7 +56,7 @@ class DirectReader:
         self._direct: dict[int, bool] = {}  # whether a device's file system reads past the page cache
         self._pending: deque[Ranges] = deque()
         self._pid = os.getpid()
-        self._engine: _Engine | None = None
+        self._engine: Engine | None = None
         self._engine, self._name = self._start(engine)
 
     @property
@@ -133,20 +101,20 @@ class DirectReader:
         a range past the end of its file, and `DatasetError` for one that the system cannot read.
         """
         engine, ranges = self._living(), self._ranges(handles, offsets, lengths)
-        if not self._pending:
-            engine.submit(ranges)
-        elif self._pending[0].same(ranges):
-            self._pending.popleft()
-        else:
+        if self._pending and not self._pending[0].same(ranges):
             raise UsageError(
                 f"these {len(ranges.handles)} ranges are not those prefetched first ({len(self._pending[0].handles)} "
                 "ranges): read what was prefetched, in its order, or drop it with cancel()"
             )
         try:
+            if self._pending:
+                self._pending.popleft()
+            else:
+                engine.submit(ranges)
             return engine.collect()
-        except _ReadFailure as failure:
+        except ReadFailure as failure:
             raise self._explained(failure, ranges) from None
-        except BaseException:  # Ctrl-C while waiting: what is under way belongs to nobody
+        except BaseException:  # Ctrl-C, wherever it came: what is under way belongs to nobody
             self.cancel()
             raise
 
@@ -155,8 +123,14 @@ class DirectReader:
         engine, ranges = self._living(), self._ranges(handles, offsets, lengths, copy=True)
         if len(self._pending) >= self.max_pending:
             raise UsageError(f"{len(self._pending)} batches are prefetched, max_pending allows no more: read one first")
-        engine.submit(ranges)
-        self._pending.append(ranges)
+        try:
+            engine.submit(ranges)
+            self._pending.append(ranges)
+        except DatasetError:
+            raise  # this one was refused, the others go on
+        except BaseException:
+            self.cancel()
+            raise
 
     def cancel(self) -> None:
         """Drop what was prefetched and not read."""
@@ -183,7 +157,7 @@ class DirectReader:
         if getattr(self, "_engine", None) is not None:
             self.close()
 
-    def _start(self, name: EngineName) -> tuple[_Engine, str]:
+    def _start(self, name: EngineName) -> tuple[Engine, str]:
         if name not in ("auto", "io_uring", "threads", "python"):
             raise UsageError(f"no engine {name!r} (known: auto, io_uring, threads, python)")
         library = None if name == "python" else native.load("direct")
@@ -194,17 +168,17 @@ class DirectReader:
             try:
                 if library is None:
                     raise OSError(errno.ENOSYS, "direct.cpp is not compiled here")
-                engine = _Native(library, candidate, _deep(candidate, self.depth))
+                engine = NativeEngine(library, candidate, _deep(candidate, self.depth))
                 self.reason = "; ".join(reasons)
                 return engine, candidate
             except OSError as error:
                 reasons.append(f"{candidate}: {error.strerror}")
         if name in ("auto", "python"):
             self.reason = "; ".join(reasons)
-            return _PythonPool(_deep("python", self.depth)), "python"
+            return PythonPool(_deep("python", self.depth)), "python"
         raise UsageError(f"engine {name!r} does not work here ({reasons[0]}): set it to auto, threads or python")
 
-    def _living(self) -> _Engine:
+    def _living(self) -> Engine:
         """The engine of this process: threads and rings do not survive a fork, open files do."""
         if self._engine is None:
             raise UsageError("the reader is closed: make another")
@@ -242,7 +216,7 @@ class DirectReader:
             self._direct[device] = _reads_direct(descriptor)
         return self._direct[device]
 
-    def _explained(self, failure: _ReadFailure, ranges: Ranges) -> DatasetError:
+    def _explained(self, failure: ReadFailure, ranges: Ranges) -> DatasetError:
         handle, offset, length = (int(part[failure.range]) for part in ranges)
         path, descriptor, _ = self._files[handle]
         if failure.error:
@@ -300,121 +274,3 @@ def _reads_direct(descriptor: int) -> bool:
                 return False
             raise
     return True
-
-
-class _Native:
-    """`direct.cpp`. Raises `OSError` where the engine is refused."""
-
-    def __init__(self, library: ctypes.CDLL, name: str, depth: int) -> None:
-        self._library, error = library, ctypes.c_int()
-        library.direct_start.restype = ctypes.c_void_p
-        address = library.direct_start(int(name == "io_uring"), depth, ctypes.byref(error))
-        if not address:
-            raise OSError(error.value, os.strerror(error.value))
-        self._reader = ctypes.c_void_p(address)
-        self._counts: deque[int] = deque()
-
-    def set_file(self, handle: int, descriptor: int, sector: int) -> None:
-        self._library.direct_set_file(self._reader, handle, descriptor, ctypes.c_int64(sector))
-
-    def submit(self, ranges: Ranges) -> None:
-        pointers = [ctypes.c_void_p(part.ctypes.data) for part in ranges]
-        error = self._library.direct_submit(self._reader, ctypes.c_int64(len(ranges.handles)), *pointers)
-        if error:
-            raise _not_submitted(error, ranges)
-        self._counts.append(len(ranges.handles))
-
-    def collect(self) -> np.ndarray:
-        addresses, failure = np.empty(self._counts[0], np.uint64), (ctypes.c_int64 * 3)()
-        to = ctypes.c_void_p(addresses.ctypes.data)
-        while (outcome := self._library.direct_collect(self._reader, _WAIT_MS, to, failure)) == 1:
-            pass  # signals are handled here
-        self._counts.popleft()
-        if outcome:
-            raise _ReadFailure(max(failure[0], 0), failure[1], failure[2])
-        return addresses
-
-    def cancel(self) -> None:
-        self._counts.clear()
-        self._library.direct_cancel(self._reader)
-
-    def close(self) -> None:
-        self._library.direct_stop(self._reader)
-
-    def abandon(self) -> None:
-        self._library.direct_abandon(self._reader)
-
-
-def _not_submitted(error: int, ranges: Ranges) -> DatasetError:
-    if error == errno.ENOMEM:
-        num_bytes = int(ranges.lengths.sum(dtype=np.float64))
-        return DatasetError(f"no memory for a batch of {num_bytes} bytes: read fewer or shorter ranges at once")
-    return DatasetError(f"reading has broken down: {os.strerror(error)}")
-
-
-class _PythonPool:
-    """The reference: each range on its own, widened to sectors, by threads with preadv."""
-
-    def __init__(self, depth: int) -> None:
-        self._pool = ThreadPoolExecutor(depth, "direct-read")
-        self._files: dict[int, tuple[int, int]] = {}
-        self._batches: deque[tuple[Any, np.ndarray, list[Future[None]]]] = deque()
-        self._current: Any = None
-
-    def set_file(self, handle: int, descriptor: int, sector: int) -> None:
-        self._files[handle] = descriptor, sector
-
-    def submit(self, ranges: Ranges) -> None:
-        sectors = np.array([self._files[handle][1] for handle in ranges.handles.tolist()], np.int64)
-        begins = ranges.offsets // sectors * sectors
-        sizes = -(-(ranges.offsets + ranges.lengths - begins) // sectors) * sectors
-        phases = begins % SECTOR_BYTES
-        spaces = -(-(phases + sizes) // SECTOR_BYTES) * SECTOR_BYTES
-        places = np.cumsum(spaces) - spaces + phases
-        try:
-            memory = np.frombuffer(mmap.mmap(-1, max(int(spaces.sum()), 1)), np.uint8)
-        except (OSError, OverflowError, ValueError):
-            raise _not_submitted(errno.ENOMEM, ranges) from None
-        needed = ranges.offsets + ranges.lengths - begins
-        columns = zip(*(column.tolist() for column in (ranges.handles, begins, needed, places, sizes)))
-        futures = [
-            self._pool.submit(self._read, number, handle, begin, needed, memory[place : place + size])
-            for number, (handle, begin, needed, place, size) in enumerate(columns)
-        ]
-        addresses = (places + ranges.offsets - begins).astype(np.uint64) + np.uint64(memory.ctypes.data)
-        self._batches.append((memory, addresses, futures))
-
-    def _read(self, number: int, handle: int, begin: int, needed: int, into: np.ndarray) -> None:
-        (descriptor, sector), done = self._files[handle], 0
-        while done < needed:
-            try:
-                count = os.preadv(descriptor, [into[done:].data], begin + done)
-            except OSError as error:
-                raise _ReadFailure(error.errno or errno.EIO, number, begin + done) from None
-            done += count
-            # a direct read that ends within a sector has met the end of the file, and could not go on from there
-            if done < needed and (count == 0 or done % sector):
-                raise _ReadFailure(0, number, begin + done)
-
-    def collect(self) -> np.ndarray:
-        memory, addresses, futures = self._batches[0]
-        for future in futures:
-            future.exception()  # all have ended before anything is reported
-        self._batches.popleft()
-        self._current = memory
-        for future in futures:
-            future.result()
-        return addresses
-
-    def cancel(self) -> None:
-        for _, _, futures in self._batches:
-            for future in futures:
-                future.cancel()
-        self._batches.clear()  # a read under way keeps its memory
-
-    def close(self) -> None:
-        self.cancel()
-        self._pool.shutdown(wait=True)
-
-    def abandon(self) -> None:
-        self._batches.clear()
