@@ -12,7 +12,10 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 OURS = {"turbopump", "tests", "benchmarks"}
-PEERS = {"accelerate", "lightning"}  # benchmarks install them beside the environment
+PEERS = {  # benchmarks install them beside the environment
+    "accelerate", "array_record", "datasets", "grain", "lightning", "litdata", "lmdb", "mosaicml-streaming", "pylance",
+    "webdataset",
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
