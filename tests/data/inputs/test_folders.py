@@ -60,7 +60,7 @@ def test_class_folders_give_labels(tmp_path):
 
 def test_metadata_describes_files(tmp_path):
     audio = {"data/a.wav": b"1", "data/b.flac": b"2"}
-    table = "file_name,transcript,speaker\ndata/b.flac,two,7\ndata/a.wav,\"one, é\",9\n"
+    table = 'file_name,transcript,speaker\ndata/b.flac,two,7\ndata/a.wav,"one, é",9\n'
     source = open_input([put(tmp_path / "csv", {**audio, "metadata.csv": table})])
     rows = [{"audio": b"1", "transcript": "one, é", "speaker": 9}, {"audio": b"2", "transcript": "two", "speaker": 7}]
     assert source.name == "audio" and check_partitions(source, (1,)) == rows

@@ -6,6 +6,7 @@ import io
 import os
 import struct
 import tarfile
+import zlib
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -21,8 +22,8 @@ COMPRESSED = {".gz": "gzip", ".tgz": "gzip", ".zst": "zstd"}
 # What the parsers behind the readers raise for damaged files. A flipped bit of a length asks for any amount of memory,
 # so MemoryError and OverflowError are among them.
 DAMAGE = (
-    pa.ArrowException, tarfile.TarError, OSError, EOFError, ValueError, KeyError, IndexError, TypeError, struct.error, MemoryError,
-    OverflowError, NotImplementedError, RecursionError,
+    pa.ArrowException, tarfile.TarError, zlib.error, struct.error, OSError, EOFError, ValueError, KeyError, IndexError,
+    TypeError, MemoryError, OverflowError, NotImplementedError, RecursionError,
 )  # fmt: skip
 
 
