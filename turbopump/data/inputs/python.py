@@ -1,0 +1,171 @@
+"""What a script or notebook holds: iterables of samples, arrays, map-style datasets, DataFrames, Arrow tables.
+
+A DataFrame or table is anything with Arrow's PyCapsule interface (`__arrow_c_stream__`: pandas, Polars, DuckDB,
+pyarrow) or a pyarrow dataset. All of it is read once, in this process: there is one partition. The key is the number of
+the row, or a column.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from turbopump.core.errors import DatasetError, UsageError
+from turbopump.data.inputs.columns import chunks_of_batch, class_names_of, fields_of_schema
+from turbopump.data.inputs.protocol import LOOK_ROWS, Chunk, Keys, Partition, Selection, cut
+from turbopump.data.inputs.rows import Row, chunk_of_rows, fields_of_rows
+from turbopump.data.manifest import Field
+
+ROWS_AT_ONCE = 1024
+
+
+@dataclass
+class PythonInput:
+    """One pass over a live object."""
+
+    fields: tuple[Field, ...]
+    chunks: Iterator[tuple[Chunk, Keys]]
+    num_rows: int | None = None
+    total_bytes: int | None = None
+    class_names: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    name: str = "python"
+    _started: bool = False
+
+    def partitions(self, target_bytes: int) -> Iterator[Partition]:
+        yield Partition(0, ())
+
+    def read(self, partition: Partition) -> Iterator[tuple[Chunk, Keys]]:
+        if self._started:
+            raise UsageError("objects in memory are read once: call pack with the object again")
+        self._started = True
+        return self.chunks
+
+
+def from_python(source: Any, *, key: str | None = None, columns: Sequence[str] = ()) -> PythonInput:
+    """An input of `source`: mappings, tuples (fields x and y, or x0, x1 ...), texts (`text`), bytes (`bytes`) or arrays
+    (`x`), one a row, from any iterable or map-style dataset; a mapping or tuple of arrays with one row a sample; a
+    DataFrame or table.
+
+    Raises `UsageError` for what is none of these or holds nothing, `DatasetError` naming the sample that does not fit.
+    """
+    selection = Selection(tuple(columns), key)
+    batches = _batches(source)
+    if batches is not None:
+        return _from_batches(*batches, selection)
+    if isinstance(source, np.ndarray):
+        source = (source,)
+    if isinstance(source, tuple) and source and all(isinstance(item, np.ndarray) for item in source):
+        source = _named(source)
+    if isinstance(source, Mapping) and source and all(hasattr(v, "__len__") for v in source.values()):
+        return _from_arrays({str(name): np.asarray(array) for name, array in source.items()}, selection)
+    return _from_rows(_records(source), selection)
+
+
+def _batches(source: Any) -> tuple[pa.Schema, Iterator[pa.RecordBatch]] | None:
+    if isinstance(source, pa.RecordBatch):
+        return source.schema, iter([source])
+    if isinstance(source, (pa.Table, pa.RecordBatchReader)) or hasattr(source, "__arrow_c_stream__"):
+        reader = source if isinstance(source, pa.RecordBatchReader) else pa.RecordBatchReader.from_stream(source)
+        return reader.schema, iter(reader)
+    if hasattr(source, "to_batches") and isinstance(getattr(source, "schema", None), pa.Schema):
+        return source.schema, iter(source.to_batches())  # a pyarrow dataset
+    return None
+
+
+def _from_batches(schema: pa.Schema, batches: Iterable[pa.RecordBatch], selection: Selection) -> PythonInput:
+    fields = fields_of_schema(schema, selection, "the table")
+
+    def chunks() -> Iterator[tuple[Chunk, Keys]]:
+        row = 0
+        try:
+            for batch in batches:
+                for chunk, numbers in chunks_of_batch(batch, fields, row, "the table"):
+                    yield from cut(*selection.apply(chunk, numbers.astype(np.uint64)))
+                row += batch.num_rows
+        except pa.ArrowException as error:
+            raise DatasetError(f"the table cannot be read after row {row}: {error}") from error
+
+    return PythonInput(selection.fields(fields), chunks(), class_names=class_names_of(schema))
+
+
+def _from_arrays(arrays: dict[str, np.ndarray], selection: Selection) -> PythonInput:
+    selection.check(list(arrays), "the mapping of arrays")
+    if any(array.ndim == 0 for array in arrays.values()):
+        raise DatasetError("the arrays: an array without rows (a single number) cannot be packed")
+    lengths = {name: len(array) for name, array in arrays.items()}
+    if len(set(lengths.values())) > 1:
+        raise DatasetError(f"the arrays have different numbers of rows: {lengths}")
+    num_rows = next(iter(lengths.values()))
+    rows = ({name: array[i] for name, array in arrays.items()} for i in range(num_rows))
+    made = _from_rows(rows, selection)
+    made.num_rows = num_rows
+    return made
+
+
+def _records(source: Any) -> Iterator[Row]:
+    if isinstance(source, (str, bytes)):
+        raise UsageError("one text is no dataset: give an iterable of texts, or the path of a file")
+    if hasattr(source, "__len__") and hasattr(source, "__getitem__") and not isinstance(source, Mapping):
+        records: Iterator[Any] = (source[i] for i in range(len(source)))
+    elif hasattr(source, "__iter__") and not isinstance(source, Mapping):
+        records = iter(source)
+    else:
+        raise UsageError(
+            f"cannot pack a {type(source).__name__}: give paths, arrays, a table, or an iterable of samples"
+        )
+    return map(_row, records)
+
+
+def _row(sample: Any) -> Row:
+    if isinstance(sample, str):
+        return {"text": sample}
+    if isinstance(sample, (bytes, bytearray)):
+        return {"bytes": bytes(sample)}
+    if not isinstance(sample, Mapping):
+        sample = _named(sample if isinstance(sample, (tuple, list)) else (sample,))
+    return {str(name): _value(value) for name, value in sample.items()}
+
+
+def _value(value: Any) -> Any:
+    """Lists and tensors as arrays; plain values stay as they are."""
+    if isinstance(value, (list, tuple)) or (hasattr(value, "__array__") and not isinstance(value, np.ndarray)):
+        try:
+            return np.asarray(value)
+        except (ValueError, TypeError, RuntimeError):
+            return value  # the row's check says which one it is
+    return value
+
+
+def _named(sample: Sequence[Any]) -> dict[str, Any]:
+    names = ("x", "y") if len(sample) <= 2 else tuple(f"x{i}" for i in range(len(sample)))
+    return dict(zip(names, sample, strict=False))
+
+
+def _from_rows(records: Iterator[Row], selection: Selection) -> PythonInput:
+    chosen = _selected(records, selection)
+    look = list(itertools.islice(chosen, LOOK_ROWS))
+    if not look:
+        raise UsageError("nothing to pack: the source holds no record")
+    fields = fields_of_rows(look, lambda i: f"sample {i}")
+
+    def chunks() -> Iterator[tuple[Chunk, Keys]]:
+        row = 0
+        rows = itertools.chain(look, chosen)
+        while group := list(itertools.islice(rows, ROWS_AT_ONCE)):
+            chunk = chunk_of_rows(group, fields, lambda i: f"sample {row + i}")  # noqa: B023 - used before row changes
+            yield from cut(*selection.apply(chunk, np.arange(row, row + len(group), dtype=np.uint64)))
+            row += len(group)
+
+    return PythonInput(selection.fields(fields), chunks())
+
+
+def _selected(records: Iterator[Row], selection: Selection) -> Iterator[Row]:
+    for number, row in enumerate(records):
+        if selection.needed or selection.key is not None:
+            selection.check(list(row), f"sample {number}")
+        yield {name: row[name] for name in selection.needed} if selection.needed else row
