@@ -13,7 +13,7 @@ import pytest
 from turbopump.core.errors import DatasetError, UsageError
 from turbopump.data import corpus
 from turbopump.data.describe import describe_dataset
-from turbopump.data.format import open_dataset, verify_dataset
+from turbopump.data.format import concatenated, open_dataset, verify_dataset
 from turbopump.data.order import held_out
 from turbopump.data.sources import ARRAYS, TOKENS, ArraysConfig, TokensConfig
 from turbopump.pack import PackProgress, pack
@@ -32,9 +32,7 @@ def folder(tmp_path):
 
 
 def stream(path, split):
-    dataset = open_dataset(path)
-    parts = [dataset.column(split, i).values for i in range(len(dataset.split(split).shards))]
-    return np.concatenate(parts)
+    return concatenated(open_dataset(path).data(split))
 
 
 def documents(path, split):
@@ -59,7 +57,7 @@ def test_every_document_is_in_one_split_whole_and_in_order(folder, tmp_path):
 
 @pytest.mark.parametrize("tokenizer", ["bytes", "bpe"])
 def test_the_same_bytes_whatever_the_number_of_processes(folder, tmp_path, monkeypatch, tokenizer):
-    monkeypatch.setattr("turbopump.pack.PARTITION_BYTES", 5000)
+    monkeypatch.setattr("turbopump.pack.PARTITION_BYTES", (5000, 5000))
     packed = [
         pack(folder, tmp_path / f"d{n}", tokenizer=tokenizer, vocab_size=300, include=["*.txt"], num_processes=n)
         for n in (1, 2, 3)
@@ -197,8 +195,8 @@ SCRIPT = textwrap.dedent("""
             yield "some text to pack, line after line\\n" * 2000
     def progress(p):
         if p.done_bytes > 4e6: print("going", flush=True); time.sleep(0.05)
-    import turbopump.data.format as f
-    f.DatasetWriter.__init__.__kwdefaults__["shard_bytes"] = 1 << 20
+    import turbopump.pack as p
+    p.PARTITION_BYTES = (1 << 20, 1 << 20)
     pack(texts(), sys.argv[1], num_processes=2, progress=progress)
 """)
 

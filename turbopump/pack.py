@@ -12,7 +12,6 @@ import itertools
 import os
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -99,7 +98,8 @@ def pack(
     few; an input's own splits are kept.
 
     Raises `UsageError` (destination taken, no such source, nothing found) and `DatasetError` (what the input holds does
-    not fit, unreadable, disk full). A pack that is stopped or killed leaves no dataset; the same call goes on from there.
+    not fit, unreadable, disk full). A pack that is stopped or killed leaves no dataset, and the same call goes on from
+    there.
     """
     destination = Path(destination)
     _check_options(tokenizer, vocab_size, validation, num_processes, shard_bytes)
@@ -143,7 +143,7 @@ def _check_options(
         raise UsageError(f"vocab_size ({vocab_size}) must be at least {text.MIN_VOCAB_SIZE}: 256 bytes and a separator")
 
 
-# ---- what the source is ------------------------------------------------------------------------------------------------
+# ---- what the source is ----------------------------------------------------------------------------------------------
 
 
 def _open(
@@ -179,7 +179,9 @@ def _of_input(
     is_text = tokenizer in ("bytes", "bpe") or (text_field is not None and tokenizer is None)
     if is_text and (len(opened.fields) != 1 or opened.fields[0].kind != "text"):
         columns = ", ".join(item.name for item in opened.fields)
-        raise UsageError(f"a tokenizer needs to know which column is the text (there is: {columns}): name it, --text-field")
+        raise UsageError(
+            f"a tokenizer needs to know which column is the text (there is: {columns}): name it, --text-field"
+        )
     target = _partition_bytes(opened.total_bytes)
     partitions = list(opened.partitions(target)) if opened.total_bytes is not None else opened.partitions(target)
     identity = digest("\n".join(p.key for p in partitions).encode()) if isinstance(partitions, list) else None
@@ -197,7 +199,7 @@ def _open_object(
 ) -> _Packing:  # fmt: skip
     if text_field is None and tokenizer != "none" and not columns and key is None:
         first, records = _first_of(source)
-        if isinstance(first, (str, bytes)):
+        if records is not None and isinstance(first, (str, bytes)):
             partitions = _text_partitions(records, validation)
             return _of_texts_task(partitions, ("texts",), None, None)
         source = records if records is not None else source
@@ -229,7 +231,7 @@ def _as_paths(source: Any) -> list[str] | None:
     return None
 
 
-# ---- text as partitions ------------------------------------------------------------------------------------------------
+# ---- text as partitions ----------------------------------------------------------------------------------------------
 
 
 def _of_files(
@@ -316,7 +318,7 @@ def _as_text(record: Any, number: int) -> str:
     raise DatasetError(f"record {number} is of type {type(record).__name__}, where the first one was text")
 
 
-# ---- the tokenizer -----------------------------------------------------------------------------------------------------
+# ---- the tokenizer ---------------------------------------------------------------------------------------------------
 
 
 def _make_tokenizer(

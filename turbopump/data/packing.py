@@ -39,14 +39,15 @@ Tick = Callable[[int], None]
 class Task(Protocol):
     """How one partition becomes one part. `fields` are those of the dataset."""
 
-    fields: tuple[Field, ...]
+    @property
+    def fields(self) -> tuple[Field, ...]: ...
 
     def write(self, partition: Any, writer: PartWriter, tick: Tick) -> int:
         """Append the rows of `partition`, calling `tick(bytes)` as input is done; the number of documents skipped."""
         ...
 
 
-# ---- rows --------------------------------------------------------------------------------------------------------------
+# ---- rows ------------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -84,7 +85,7 @@ def is_held_out(keys: Keys, fraction: float) -> np.ndarray:
     return np.fromiter((corpus.is_held_out(key, fraction) for key in texts), bool, len(keys))
 
 
-# ---- text --------------------------------------------------------------------------------------------------------------
+# ---- text ------------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -119,7 +120,7 @@ class TokensTask:
     def __init__(
         self, tokenizer: text.Tokenizer, documents: Callable[[Any], Iterator[tuple[str | None, str, bool]]]
     ) -> None:
-        self.fields = (Field("tokens", tokenizer.dtype),)
+        self.fields: tuple[Field, ...] = (Field("tokens", tokenizer.dtype),)
         self._tokenizer, self._documents = tokenizer, documents
 
     def write(self, partition: Any, writer: PartWriter, tick: Tick) -> int:
@@ -175,7 +176,7 @@ class InputTexts:
                 yield document, partition.split or ("validation" if held else "train"), True
 
 
-# ---- doing them --------------------------------------------------------------------------------------------------------
+# ---- doing them ------------------------------------------------------------------------------------------------------
 
 
 def run_tasks(
@@ -207,7 +208,7 @@ def run_tasks(
 
 
 def _write(task: Task, number: int, partition: Any, staging: Staging, shard_bytes: int, tick: Tick) -> PartEntry:
-    writer = PartWriter(staging.directory, number, task.fields, shard_bytes=shard_bytes)
+    writer = PartWriter(staging.directory, number, task.fields, shard_bytes=shard_bytes, shown=staging.path)
     return writer.finish(task.write(partition, writer, tick))
 
 
@@ -259,9 +260,7 @@ class _Pool:
 _job: tuple[Task, Staging, int, Tick] | None = None
 
 
-def _start_worker(
-    parent: int, task: Task, staging: Staging, shard_bytes: int, done: np.ndarray, numbers: Any
-) -> None:
+def _start_worker(parent: int, task: Task, staging: Staging, shard_bytes: int, done: np.ndarray, numbers: Any) -> None:
     global _job
     become_helper(parent)
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the library's own switch; the processes are the parallelism

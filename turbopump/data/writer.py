@@ -69,9 +69,10 @@ class PartWriter:
 
     def __init__(
         self, staging: Path, part: int, fields: Sequence[Field], *, shard_bytes: int = SHARD_BYTES,
-        block_bytes: int = BLOCK_BYTES,
+        block_bytes: int = BLOCK_BYTES, shown: Path | None = None,
     ) -> None:  # fmt: skip
         self._staging, self._part = staging, part
+        self._shown = shown or staging  # what errors name
         self.fields = checked_fields(fields)
         self._shard_bytes, self._block_bytes = shard_bytes, block_bytes
         self._splits: dict[str, _Pending] = {}
@@ -120,7 +121,7 @@ class PartWriter:
         try:
             entry, sums = write_shard(file, self.fields, columns, self._block_bytes)
         except OSError as error:
-            raise DatasetError(explain_os_error(error, self._staging)) from error
+            raise DatasetError(explain_os_error(error, self._shown)) from error
         pending.shards.append(entry)
         pending.sums.append(sums)
         pending.parts, pending.rows, pending.bytes = [[] for _ in self.fields], 0, 0
@@ -331,8 +332,8 @@ class Staging:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if self._key is None:
-            self.discard()
+        if self._key is None or not any(self.directory.glob("part-*.json")):
+            self.discard()  # nothing that a later pack could go on from
         self._release()
 
 
@@ -356,7 +357,7 @@ class DatasetWriter:
         self.kind, self.fields, self._block_bytes = kind, checked_fields(fields), block_bytes
         self._staging = Staging(path, overwrite=overwrite)
         self._part = PartWriter(
-            self._staging.directory, 0, fields, shard_bytes=shard_bytes, block_bytes=block_bytes
+            self._staging.directory, 0, fields, shard_bytes=shard_bytes, block_bytes=block_bytes, shown=self._staging.path,
         )  # fmt: skip
         self.append = self._part.append
         self._files: dict[str, bytes] = {}
