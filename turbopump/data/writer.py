@@ -357,7 +357,8 @@ class DatasetWriter:
         self.kind, self.fields, self._block_bytes = kind, checked_fields(fields), block_bytes
         self._staging = Staging(path, overwrite=overwrite)
         self._part = PartWriter(
-            self._staging.directory, 0, fields, shard_bytes=shard_bytes, block_bytes=block_bytes, shown=self._staging.path,
+            self._staging.directory, 0, fields, shard_bytes=shard_bytes, block_bytes=block_bytes,
+            shown=self._staging.path,
         )  # fmt: skip
         self.append = self._part.append
         self._files: dict[str, bytes] = {}
