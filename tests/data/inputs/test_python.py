@@ -66,10 +66,11 @@ def test_tables():
 
 
 def test_memory_is_bounded_and_one_pass_is_all():
-    source = from_python({"x": np.zeros(1 << 20, np.uint8), "n": i} for i in range(3000))
+    made = []
+    source = from_python(made.append(i) or {"x": np.zeros(1 << 20, np.uint8), "n": i} for i in range(3000))
     (partition,) = source.partitions(1)
     chunk, _ = next(source.read(partition))
-    assert len(chunk["n"]) <= 8
+    assert len(chunk["n"]) <= 8 and len(made) < 20
     with pytest.raises(UsageError, match="read once"):
         source.read(partition)
 

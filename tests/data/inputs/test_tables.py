@@ -44,7 +44,7 @@ def write_jsonl(path, rows=ROWS, opener=open):
 def test_json_lines(tmp_path):
     source = open_input([write_jsonl(tmp_path / "a.jsonl"), write_jsonl(tmp_path / "b.jsonl", ROWS[:7])])
     assert source.name == "jsonl" and source.fields == FIELDS
-    assert check_partitions(source, (1, 77, 1000, 20_000)) == expected() + expected(ROWS[:7])
+    assert check_partitions(source, (77, 1000, 20_000)) == expected() + expected(ROWS[:7])
 
 
 @pytest.mark.parametrize("codec", ["gz", "zst"])
@@ -363,7 +363,7 @@ def make(tmp_path, kind):
     if kind == "npy":
         np.save(tmp_path / "a.npy", np.arange(2000))
         return str(tmp_path / "a.npy")
-    return write_table(tmp_path / ("a.parquet" if kind == "parquet" else "a.arrow"), kind, table)
+    return write_table(tmp_path / ("a.parquet" if kind == "parquet" else "a.arrow"), kind, TABLE.slice(0, 150))
 
 
 @pytest.mark.parametrize("kind", ["jsonl", "csv", "parquet", "file", "stream", "npy"])

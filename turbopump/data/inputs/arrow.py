@@ -38,7 +38,7 @@ class ArrowInput(FileInput):
             self._check(file, schema)
             row = 0
             for batch in batches:
-                size = max(1, batch.nbytes)
+                size = _bytes_of(batch)
                 step = max(1, batch.num_rows * target_bytes // size)
                 for begin in range(0, batch.num_rows, step):
                     end = min(begin + step, batch.num_rows)
@@ -51,13 +51,13 @@ class ArrowInput(FileInput):
             for batch in _open(source)[1]:
                 begin, end = max(part.begin, row), min(part.end, row + batch.num_rows)
                 if begin < end:
-                    yield from self._chunks(batch.slice(begin - row, end - begin), part.file, begin)
+                    step = max(1, batch.num_rows * CHUNK_BYTES // _bytes_of(batch))
+                    yield from self._chunks(batch.slice(begin - row, end - begin), part.file, begin, step)
                 row += batch.num_rows
                 if row >= part.end:
                     return
 
-    def _chunks(self, batch: pa.RecordBatch, file: InputFile, row: int) -> Iterator[tuple[Chunk, Keys]]:
-        step = max(1, batch.num_rows * CHUNK_BYTES // max(1, batch.nbytes))
+    def _chunks(self, batch: pa.RecordBatch, file: InputFile, row: int, step: int) -> Iterator[tuple[Chunk, Keys]]:
         for begin in range(0, batch.num_rows, step):
             for chunk, numbers in chunks_of_batch(batch.slice(begin, step), self.all_fields, row + begin, file.path):
                 yield chunk, numbered(file, numbers)
@@ -72,7 +72,7 @@ def arrow_input(
     """Raises `DatasetError` where the first file is no Arrow file or holds columns that become no field."""
     with reading(files[0], "Arrow IPC"), map_file(files[0]) as source:
         schema, _ = _open(source)
-    fields = fields_of_schema(schema, selection, files[0].path)
+        fields = fields_of_schema(schema, selection, files[0].path)
     return ArrowInput(
         name, files, selection.fields(fields), selection, class_names=class_names_of(schema), all_fields=fields,
         splits=splits or {},
@@ -88,6 +88,12 @@ def _open(source: pa.NativeFile) -> tuple[pa.Schema, Iterator[pa.RecordBatch]]:
         return file.schema, (file.get_batch(i) for i in range(file.num_record_batches))
     stream = pa.ipc.open_stream(source)
     return stream.schema, iter(stream)
+
+
+def _bytes_of(batch: pa.RecordBatch) -> int:
+    """Bytes of a batch's buffers. `nbytes` would follow offsets before anything has checked them, and end the process."""
+    batch.validate()
+    return max(1, batch.get_total_buffer_size())
 
 
 @dataclass
@@ -139,7 +145,8 @@ def parquet_input(files: tuple[InputFile, ...], selection: Selection) -> Parquet
             rows += opened.metadata.num_rows
             schema = opened.schema_arrow if schema is None else schema
     assert schema is not None
-    fields = fields_of_schema(schema, selection, files[0].path)
+    with reading(files[0], "Parquet"):
+        fields = fields_of_schema(schema, selection, files[0].path)
     return ParquetInput(
         "parquet", files, selection.fields(fields), selection, rows, class_names_of(schema), all_fields=fields
     )

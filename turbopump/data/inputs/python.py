@@ -17,11 +17,9 @@ import pyarrow as pa
 
 from turbopump.core.errors import DatasetError, UsageError
 from turbopump.data.inputs.columns import chunks_of_batch, class_names_of, fields_of_schema
-from turbopump.data.inputs.protocol import LOOK_ROWS, Chunk, Keys, Partition, Selection, cut
-from turbopump.data.inputs.rows import Row, chunk_of_rows, fields_of_rows
+from turbopump.data.inputs.protocol import LOOK_BYTES, LOOK_ROWS, Chunk, Keys, Partition, Selection, cut
+from turbopump.data.inputs.rows import Row, chunk_of_rows, fields_of_rows, grouped
 from turbopump.data.manifest import Field
-
-ROWS_AT_ONCE = 1024
 
 
 @dataclass
@@ -148,7 +146,11 @@ def _named(sample: Sequence[Any]) -> dict[str, Any]:
 
 def _from_rows(records: Iterator[Row], selection: Selection) -> PythonInput:
     chosen = _selected(records, selection)
-    look = list(itertools.islice(chosen, LOOK_ROWS))
+    look: list[Row] = []
+    look_bytes = 0
+    while len(look) < LOOK_ROWS and look_bytes < LOOK_BYTES and (row := next(chosen, None)) is not None:
+        look.append(row)
+        look_bytes += _bytes_of_row(row)
     if not look:
         raise UsageError("nothing to pack: the source holds no record")
     fields = fields_of_rows(look, lambda i: f"sample {i}")
@@ -156,12 +158,17 @@ def _from_rows(records: Iterator[Row], selection: Selection) -> PythonInput:
     def chunks() -> Iterator[tuple[Chunk, Keys]]:
         row = 0
         rows = itertools.chain(look, chosen)
-        while group := list(itertools.islice(rows, ROWS_AT_ONCE)):
+        for sized in grouped((item, None, _bytes_of_row(item)) for item in rows):
+            group = [item for item, _, _ in sized]
             chunk = chunk_of_rows(group, fields, lambda i: f"sample {row + i}")  # noqa: B023 - used before row changes
             yield from cut(*selection.apply(chunk, np.arange(row, row + len(group), dtype=np.uint64)))
             row += len(group)
 
     return PythonInput(selection.fields(fields), chunks())
+
+
+def _bytes_of_row(row: Row) -> int:
+    return sum(getattr(value, "nbytes", len(value) if isinstance(value, (str, bytes)) else 8) for value in row.values())
 
 
 def _selected(records: Iterator[Row], selection: Selection) -> Iterator[Row]:
