@@ -32,6 +32,7 @@ FIO = {  # name: engine, depth of a job, jobs
     "fio io_uring, 16 deep": ("io_uring", 16, 1),
     "fio io_uring, 64 deep": ("io_uring", 64, 1),
     "fio io_uring, 128 deep": ("io_uring", 128, 1),
+    "fio io_uring, 256 deep": ("io_uring", 256, 1),
     "fio psync, 64 jobs": ("psync", 1, 64),
 }
 

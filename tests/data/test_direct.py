@@ -109,7 +109,7 @@ def batches(draw):
 
 
 @pytest.mark.parametrize("engine", ENGINES)
-@pytest.mark.parametrize("depth", [1, 7, 128])
+@pytest.mark.parametrize("depth", [1, 7, 256])
 def test_bytes_are_those_of_the_files(files, engine, depth):
     with opened(engine, files, depth=depth) as reader:
 

@@ -173,6 +173,26 @@ struct Batch {
   }
 };
 
+// The kernel's `struct sched_attr`, which the C library of many systems does not declare.
+struct SchedulingAttributes {
+  uint32_t size, policy;
+  uint64_t flags;
+  int32_t nice;
+  uint32_t priority;
+  uint64_t runtime_ns, deadline_ns, period_ns;
+};
+
+// Asks for short slices of a processor: this thread works for some 100 us at a time, and computing threads must not let
+// it, and with it the disk, wait for the end of theirs (1.3 x the reads on two busy cores). Its share stays the same.
+// Linux 6.12 and later hear it, earlier ones do not.
+void ask_for_short_slices() {
+  SchedulingAttributes attributes{};
+  if (syscall(SYS_sched_getattr, 0, &attributes, sizeof attributes, 0)) return;
+  if (attributes.policy != 0) return;  // not the normal one: somebody has decided
+  attributes.runtime_ns = 100'000;
+  syscall(SYS_sched_setattr, 0, &attributes, 0);
+}
+
 enum class Progress { kEnded, kAgain };
 
 // The queue of batches, the threads that empty it, and the caller's side.
@@ -313,7 +333,10 @@ class Reader {
     sigfillset(&all);
     pthread_sigmask(SIG_SETMASK, &all, &before);
     try {
-      threads_.emplace_back(run);
+      threads_.emplace_back([run] {
+        ask_for_short_slices();
+        run();
+      });
     } catch (...) {
       pthread_sigmask(SIG_SETMASK, &before, nullptr);
       throw;

@@ -42,12 +42,13 @@ class DirectReader:
     """Reads many byte ranges of files at once; a context manager. Not to be used by two threads at the same time.
 
     At most `max_pending` batches are prefetched; memory is that of one more, as large as the largest were. A forked
-    child goes on with the same files and nothing prefetched. `engine` says what was chosen.
+    child goes on with the same files and nothing prefetched. `engine` says what was chosen. `depth` reads are in flight
+    (measured, 12 KB, virtual disk: 256 against 64 1.15 x; on busy cores 256 against 128 1.3 x; 512 gave no more).
     """
 
-    def __init__(self, *, depth: int = 128, engine: EngineName = "auto", max_pending: int = 8) -> None:
+    def __init__(self, *, depth: int = 256, engine: EngineName = "auto", max_pending: int = 8) -> None:
         if not 1 <= depth <= MAX_DEPTH:
-            raise UsageError(f"depth ({depth}) must be 1 to {MAX_DEPTH}: 128 suits most disks")
+            raise UsageError(f"depth ({depth}) must be 1 to {MAX_DEPTH}: 256 suits most disks")
         if max_pending < 1:
             raise UsageError(f"max_pending ({max_pending}) must be at least 1")
         self.depth, self.max_pending = depth, max_pending
@@ -61,7 +62,7 @@ class DirectReader:
 
     @property
     def engine(self) -> str:
-        """What was chosen, e.g. `io_uring O_DIRECT, 128 deep`."""
+        """What was chosen, e.g. `io_uring O_DIRECT, 256 deep`."""
         cached = sum(sector == 1 for _, _, sector in self._files)
         if not cached:
             how = "O_DIRECT"
