@@ -172,6 +172,33 @@ def grain_batches(job: Job) -> Epochs:
     yield _grain_workers(job, batches.to_iter_dataset(options))
 
 
+class BatchSource:
+    """A Grain source whose item is a batch of records in one random order, read by ArrayRecord's batched call."""
+
+    def __init__(self, job: Job) -> None:
+        self._job = job
+        self._dataset = ByNumber(job, _windows if job.tokens else _matrix)
+        order = np.random.default_rng(0).permutation(job.raw.count)
+        self._ids_NB = order[: len(order) // job.batch * job.batch].reshape(-1, job.batch)
+
+    def __len__(self) -> int:
+        return len(self._ids_NB)
+
+    def __getitem__(self, number: int) -> Any:
+        return self._dataset[self._ids_NB[number]]
+
+
+def grain_whole_batches(job: Job) -> Epochs:
+    """One item is one batch, as many threads as cores."""
+    job.store()
+    import grain
+
+    threads = len(os.sched_getaffinity(0))
+    options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=2 * threads)
+    items = grain.MapDataset.source(BatchSource(job)).seed(0).shuffle().repeat()
+    yield _grain_workers(job, items.to_iter_dataset(options))
+
+
 def _grain(job: Job) -> tuple[Any, Any]:
     job.store()
     import grain
@@ -228,7 +255,7 @@ def token_slices(job: Job) -> Epochs:
 OWN: dict[str, dict[str, Callable[[Job], Epochs]]] = {
     "MosaicML Streaming": {"StreamingDataset": mds_streaming, "LocalDataset by number": by_number},
     "LitData": {"StreamingDataset": litdata_streaming},
-    "Grain": {"items": grain_items, "batches in threads": grain_batches},
+    "Grain": {"items": grain_items, "batches in threads": grain_batches, "a batch an item": grain_whole_batches},
     "WebDataset": {"tar": webdataset_tar},
 }
 

@@ -62,7 +62,7 @@ class Store:
 
 
 def joined(records: Sequence[bytes]) -> Any:
-    """Records of one length as one tensor, uint8 [B, record_bytes]: one copy."""
+    """Records of one length as one tensor, uint8 [B, record_bytes]: one copy (torch warns that it is not writable)."""
     import torch
 
     return torch.frombuffer(b"".join(records), dtype=torch.uint8).view(len(records), -1)

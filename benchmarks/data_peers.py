@@ -53,6 +53,7 @@ PACKAGES = {
 SHARED = ("torch==2.13.0", "numpy==2.1.3", "pyarrow==26.0.1")
 CONSTRAINTS = (*SHARED, "fsspec==2026.6.0", "s3fs==2026.6.0", "xxhash==3.8.2", "cuda-toolkit<0")
 REPLY_S = 600.0  # a write of the largest set takes a minute; beyond ten something hangs
+LOADER_REPLY_S = 180.0  # beyond what it measures: a loader that hangs costs no more than this
 END_S = 10.0
 
 
@@ -177,8 +178,15 @@ def loader_rates(
     for way in ways(name, tokens=tokens, workers=workers):
         process = _Process(name)
         try:
-            request = {"do": "loader", "raw": _raw(raw), "from": str(directory), "tokens": tokens, "way": way}
-            reply = process.ask({**request, "workers": workers, "batch": batch, "budget_s": budget_s})
+            request: dict[str, Any] = {
+                "do": "loader",
+                "raw": _raw(raw),
+                "from": str(directory),
+                "tokens": tokens,
+                "way": way,
+            }
+            request |= {"workers": workers, "batch": batch, "budget_s": budget_s}
+            reply = process.ask(request, LOADER_REPLY_S + 5 * budget_s)
             rates[way] = reply["records_per_s"]
         except PeerError as error:
             problem = str(error)
@@ -220,16 +228,18 @@ class _Process:
             self._scratch.cleanup()
             raise PeerError(f"{name} does not start: {error}") from error
 
-    def ask(self, request: dict[str, Any]) -> dict[str, Any]:
+    def ask(self, request: dict[str, Any], reply_s: float | None = None) -> dict[str, Any]:
+        """The reply to one request; `PeerError` for an error, an end, or none within `reply_s` (`REPLY_S`)."""
+        reply_s = REPLY_S if reply_s is None else reply_s
         assert self._process.stdin is not None and self._process.stdout is not None
         try:
             self._process.stdin.write(json.dumps(request) + "\n")
             self._process.stdin.flush()
         except BrokenPipeError:
             raise PeerError(f"{self._name} ended: {self._last_error()}") from None
-        if not select.select([self._process.stdout], [], [], REPLY_S)[0]:
+        if not select.select([self._process.stdout], [], [], reply_s)[0]:
             self._kill()
-            raise PeerError(f"{self._name} did not answer {request['do']!r} within {REPLY_S:.0f} s")
+            raise PeerError(f"{self._name} did not answer {request['do']!r} within {reply_s:.0f} s")
         line = self._process.stdout.readline()
         if not line:
             raise PeerError(f"{self._name} ended: {self._last_error()}")
