@@ -406,36 +406,56 @@ def plan(
 @app.command
 def pack(
     *paths: str,
-    tokenizer: Literal["bytes", "bpe"] = "bytes",
+    tokenizer: Literal["bytes", "bpe", "none"] | None = None,
     vocab_size: int = 4096,
     validation: float = 0.05,
     include: Annotated[tuple[str, ...], Parameter(negative=(), consume_multiple=True)] = (),
+    format: str | None = None,
+    text_field: str | None = None,
+    columns: Annotated[tuple[str, ...], Parameter(negative=(), consume_multiple=True)] = (),
+    key: str | None = None,
     num_processes: int = 0,
+    shard_bytes: int = 1 << 26,
     overwrite: Flag = False,
 ) -> None:
-    """Pack text files or arrays into a sharded, checksummed, random-access dataset: SOURCE... DEST
+    """Pack files of any kind into a sharded, checksummed, random-access dataset: SOURCE... DEST
 
     Examples:
 
         turbopump pack stdlib datasets/stdlib --tokenizer bpe --vocab-size 4096
         turbopump pack my_texts/ more/*.md datasets/mine --include "*.md" "*.txt"
-        turbopump pack images.npz datasets/images
+        turbopump pack crawl/*.jsonl datasets/crawl --text-field text --tokenizer bpe
+        turbopump pack table.parquet datasets/table --columns id features --key id
+        turbopump pack photos/ datasets/photos
 
     Parameters
     ----------
     paths
-        Sources (files, folders, .npy/.npz, or `stdlib`: the Python standard library's own sources), then the
+        Sources (files, folders and patterns of one format: text, JSONL, CSV, Parquet, Arrow, WebDataset, audio,
+        images, Hugging Face, MDS, .npy/.npz; or `stdlib`: the Python standard library's own sources), then the
         directory to write.
     tokenizer
-        bytes (256 tokens) or bpe (byte-level sub-words, trained on the training split).
+        bytes (256 tokens; what text gets by itself), bpe (byte-level sub-words, trained on the training split), or
+        none: text stays text, a row a document.
     vocab_size
         Tokens of a bpe vocabulary.
     validation
-        Share of the files held out, chosen by a hash of their names.
+        Share held out, chosen by a hash: of the column --key, of the file's name, or of the row's place.
     include
-        Files to take from folders, e.g. "*.md"; default all text.
+        Files to take from folders, e.g. "*.md"; default all.
+    format
+        What the sources are, where it cannot be seen: text, jsonl, csv, tsv, parquet, arrow, webdataset, audio,
+        image, huggingface, mds, arrays.
+    text_field
+        The column of a table that is its text: it is packed as tokens.
+    columns
+        The columns of a table to keep; default all.
+    key
+        The column whose hash decides what is held out.
     num_processes
-        Processes that encode; 0 takes one per core. The result is the same for any number.
+        Processes that read and write; 0 takes one per core. The result is the same for any number.
+    shard_bytes
+        Size of a shard, and memory of a process for each split.
     overwrite
         Replace DEST if it exists.
     """
@@ -447,7 +467,8 @@ def pack(
     begin = time.monotonic()
     manifest = verb(
         sources, destination, tokenizer=tokenizer, vocab_size=vocab_size, validation=validation, include=include,
-        num_processes=num_processes or None, overwrite=overwrite, progress=_PackLine(),
+        format=format, text_field=text_field, columns=columns, key=key, num_processes=num_processes or None,
+        shard_bytes=shard_bytes, overwrite=overwrite, progress=_PackLine(),
     )  # fmt: skip
     print(f"packed {manifest.rows:,} rows, {human_bytes(manifest.bytes)}, into {destination} in "
           f"{human_seconds(time.monotonic() - begin)}; next: turbopump inspect {destination}")  # fmt: skip
@@ -502,13 +523,22 @@ def report(*runs: Path, output: Path | None = None, json: Flag = False) -> None:
 
 
 @app.command
-def inspect(path: Path, /, *, verify: Flag = False, json: Flag = False) -> None:
+def inspect(
+    path: Path,
+    /,
+    *,
+    verify: Flag = False,
+    json: Flag = False,
+    export: Literal["parquet"] | None = None,
+    to: Path | None = None,
+) -> None:
     """What an artefact is: a run, checkpoint, dataset, recipe or weights file.
 
     Examples:
 
         turbopump inspect runs/demo
         turbopump inspect datasets/stdlib --verify
+        turbopump inspect datasets/images --export parquet --to images-parquet
         turbopump inspect runs/demo/checkpoints/step-00000400
 
     Parameters
@@ -519,9 +549,19 @@ def inspect(path: Path, /, *, verify: Flag = False, json: Flag = False) -> None:
         Check every checksum.
     json
         Print JSON.
+    export
+        parquet: write a dataset back as a file a split, which any tool reads, instead of describing it.
+    to
+        The folder that --export writes; default PATH.parquet.
     """
     from turbopump import inspect as verb
 
+    if to is not None and export is None:
+        raise UsageError(f"--to {to} given, which says where --export writes: add --export parquet")
+    if export is not None:
+        for file in verb.export(path, to):
+            print(file)
+        return
     print(verb.inspect_from_command_line(path, verify=verify, as_json=json))
 
 

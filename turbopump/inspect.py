@@ -17,7 +17,7 @@ from turbopump.core.spans import run_breakdown
 from turbopump.core.tensor_file import read_layout
 from turbopump.core.units import human, human_bytes, human_seconds, printable
 from turbopump.data.describe import describe_dataset
-from turbopump.data.format import verify_dataset
+from turbopump.data.format import chunks, open_dataset, verify_dataset
 from turbopump.hardware import profile as machine_file
 from turbopump.hardware.sanity import oddities
 from turbopump.planner import plan_file
@@ -98,6 +98,8 @@ def _dataset(path: Path, verify: bool) -> dict[str, Any]:
     for split in facts["splits"].values():
         sizes = split.pop("document_sizes", ())
         split["document_sizes"] = {f"up to {size:,} tokens": count for size, count in sizes}
+        for name, lengths in split.pop("sizes", {}).items():
+            split[f"sizes of {name}"] = {f"up to {size:,}": count for size, count in lengths}
     return {"holds": facts.pop("kind"), **facts, "verified": verify or None}
 
 
@@ -246,6 +248,25 @@ def _readable(name: str, value: Any) -> str:
     if name.endswith("_s") and not name.endswith("per_s"):
         return human_seconds(value)
     return human(value, digits=4) if isinstance(value, float) else f"{value:,}"
+
+
+def export(path: Path | str, destination: Path | str | None = None) -> list[Path]:
+    """Write each split of the dataset at `path` as `<split>.parquet` into `destination` (default: PATH.parquet).
+
+    Raises `UsageError` where the destination holds something, `DatasetError` where there is no dataset or no space.
+    """
+    from turbopump.data.export import export_parquet
+
+    dataset = open_dataset(path)
+    folder = Path(destination) if destination is not None else Path(f"{str(path).rstrip('/')}.parquet")
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise UsageError(f"{folder} is not an empty folder: give another one with --to")
+    written = []
+    for name in dataset.manifest.splits:
+        file = folder / f"{name}.parquet"
+        export_parquet(chunks(dataset, name), dataset.manifest.fields, file)
+        written.append(file)
+    return written
 
 
 def inspect_from_command_line(path: Path, *, verify: bool, as_json: bool) -> str:

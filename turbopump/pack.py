@@ -161,14 +161,11 @@ def _open(
             given = ", ".join(include)
             raise UsageError(f"include ({given}) has no effect on `{corpus.STDLIB}` (all of it is *.py): leave it out")
         return _of_files(corpus.stdlib_files(), names, validation, skip_bad=True)
-    kind = format or (None if tokenizer == "none" else "text")
-    if format is None and tokenizer != "none":
-        opened = open_input(paths, include=include, text_field=text_field, key=key, columns=columns)
-        if opened.name != "text":
-            return _of_input(opened, tokenizer, validation, text_field, names)
-    if kind == "text" and tokenizer != "none":
+    opened = open_input(
+        paths, include=include, format=format, text_field=text_field, key=key, columns=columns, exclude=destination
+    )
+    if opened.name == "text" and tokenizer != "none":
         return _of_files(corpus.find_files(paths, include, exclude=destination), names, validation)
-    opened = open_input(paths, include=include, format=kind, text_field=text_field, key=key, columns=columns)
     return _of_input(opened, tokenizer, validation, text_field, names)
 
 

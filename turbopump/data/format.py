@@ -8,7 +8,7 @@ checks each block of bytes when it is first read; `verify_dataset` checks everyt
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Literal
 
@@ -17,6 +17,7 @@ import numpy as np
 from turbopump.core.errors import CorruptDataError, DatasetError
 from turbopump.core.files import digest_file, new_digest
 from turbopump.data.manifest import Manifest, SplitEntry, read_manifest, sums_name
+from turbopump.data.ragged import Ragged
 from turbopump.data.reading import RESTORE, LocalFiles, SplitData
 from turbopump.hardware.detect import available_bytes
 
@@ -153,3 +154,10 @@ def concatenated(data: SplitData, field: int = 0) -> np.ndarray:
     """All values of a field of fixed rows, checked, in one array in memory: for small splits."""
     parts = [data.shard_rows(field, number) for number in range(len(data.shards))]
     return np.concatenate([part for part in parts if isinstance(part, np.ndarray)])
+
+
+def chunks(dataset: Dataset, split: str) -> Iterator[dict[str, np.ndarray | Ragged]]:
+    """All rows of a split in order, checked, a shard at once."""
+    data = dataset.data(split)
+    for number in range(len(data.shards)):
+        yield {item.name: data.shard_rows(i, number) for i, item in enumerate(dataset.manifest.fields)}

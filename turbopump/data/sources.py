@@ -16,6 +16,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
@@ -196,12 +197,16 @@ class ArraysSource:
         """Tell of a batch to come: its reads start now where the dataset is read directly or from a store."""
         self._data.prefetch(indices)
 
-    def lengths(self, field: str | None = None) -> np.ndarray:
-        """Length of every sample, int64, by a field whose rows differ in length (the first one): from its offsets."""
-        ragged = [item.name for item in self.fields if not item.fixed]
+    @cached_property
+    def lengths(self) -> np.ndarray:
+        """Length of every sample by the first field whose rows differ in length, int64: from the stored offsets.
+
+        There is no such attribute where all rows have the same length.
+        """
+        ragged = [i for i, item in enumerate(self.fields) if not item.fixed]
         if not ragged:
-            raise DatasetError(f"{self.name}: all rows have the same length: there is nothing to bucket by")
-        return self._data.lengths(self._dataset.manifest.field(field or ragged[0]))
+            raise AttributeError("all rows have the same length")
+        return self._data.lengths(ragged[0])
 
     def locate(self, index: int) -> str:
         """Where row `index` is stored, for errors."""

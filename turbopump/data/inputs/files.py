@@ -45,9 +45,9 @@ def input_file(path: Path, name: str) -> InputFile:
     return InputFile(str(path), name, stat.st_size, stat.st_mtime_ns)
 
 
-def find(sources: Sequence[str], include: Sequence[str] = ()) -> tuple[InputFile, ...]:
+def find(sources: Sequence[str], include: Sequence[str] = (), exclude: Path | None = None) -> tuple[InputFile, ...]:
     """Non-empty files of folders, globs and single files as `corpus.find_files` orders them."""
-    return tuple(input_file(file.path, file.key) for file in corpus.find_files(sources, include))
+    return tuple(input_file(file.path, file.key) for file in corpus.find_files(sources, include, exclude))
 
 
 def check_unchanged(file: InputFile) -> None:

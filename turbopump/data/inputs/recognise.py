@@ -55,10 +55,12 @@ def open_input(
     text_field: str | None = None,
     key: str | None = None,
     columns: Sequence[str] = (),
+    exclude: Path | None = None,
 ) -> Input:
     """The input made of files, folders and globs. `format` is one of `FORMATS`, found out where it is None; `include`
     are patterns on the names of a folder's files; `key` is the column whose hash decides the split; `columns` those
-    to keep; `text_field` the one column of text that is wanted, instead of `columns`.
+    to keep; `text_field` the one column of text that is wanted, instead of `columns`; `exclude` a folder that is not
+    entered.
 
     Raises `UsageError` for sources that are missing or of several kinds and unknown columns, `DatasetError` for files
     that hold no record or cannot be read.
@@ -70,13 +72,15 @@ def open_input(
             f"text_field ({text_field}) and columns ({', '.join(columns)}) both say what to keep: give one"
         )
     selection = Selection((text_field,) if text_field is not None else tuple(columns), key)
-    made = _open(list(map(str, sources)), include, format, selection)
+    made = _open(list(map(str, sources)), include, format, selection, exclude)
     if text_field is not None and made.fields[0].kind != "text":
         raise DatasetError(f"column {text_field!r} holds no text but {made.fields[0].kind}: name one that does")
     return made
 
 
-def _open(sources: list[str], include: Sequence[str], format: str | None, selection: Selection) -> Input:
+def _open(
+    sources: list[str], include: Sequence[str], format: str | None, selection: Selection, exclude: Path | None
+) -> Input:
     for kind, (is_kind, opener) in _FOLDERS.items():
         matches = [source for source in sources if Path(source).is_dir() and is_kind(Path(source))]
         if format == kind and not matches:
@@ -85,7 +89,7 @@ def _open(sources: list[str], include: Sequence[str], format: str | None, select
             if len(sources) > 1:
                 raise UsageError(f"{matches[0]} is a {kind} dataset, which is packed alone: give one source")
             return opener(Path(sources[0]), selection)
-    files = find(sources, include)
+    files = find(sources, include, exclude)
     return _of_files(files, format or _kind_of_all(files), selection)
 
 
