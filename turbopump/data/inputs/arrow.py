@@ -91,7 +91,7 @@ def _open(source: pa.NativeFile) -> tuple[pa.Schema, Iterator[pa.RecordBatch]]:
 
 
 def _bytes_of(batch: pa.RecordBatch) -> int:
-    """Bytes of a batch's buffers. `nbytes` would follow offsets before anything has checked them, and crash."""
+    """Bytes of a batch's buffers. `nbytes` would follow offsets that nothing has checked yet."""
     batch.validate()
     return max(1, batch.get_total_buffer_size())
 

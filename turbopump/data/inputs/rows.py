@@ -31,7 +31,7 @@ def fields_of_rows(rows: Sequence[Row], where: Where, media: Mapping[str, Any] =
     """
     fields = []
     for name in rows[0]:
-        values = [_get(row, name, where(i)) for i, row in enumerate(rows)]
+        values = [_get(row, name, where, i) for i, row in enumerate(rows)]
         item = _field(name, values, where)
         fields.append(Field(item.name, item.dtype, item.shape, item.kind, media.get(name, "")))
     return tuple(fields)
@@ -48,7 +48,7 @@ def chunk_of_rows(rows: Sequence[Row], fields: Sequence[Field], where: Where) ->
                         f"{where(i)} has {name!r}, which the first rows do not have: give every row the same fields, "
                         f"or name the columns to keep ({', '.join(sorted(names))})"
                     )
-    return {item.name: _column(item, [_get(r, item.name, where(i)) for i, r in enumerate(rows)], where)
+    return {item.name: _column(item, [_get(r, item.name, where, i) for i, r in enumerate(rows)], where)
             for item in fields}  # fmt: skip
 
 
@@ -66,13 +66,13 @@ def grouped(rows: Iterable[tuple[Row, Any, int]], max_bytes: int = CHUNK_BYTES) 
         yield group
 
 
-def _get(row: Row, name: str, where: str) -> Any:
+def _get(row: Row, name: str, where: Where, i: int) -> Any:
     try:
         value = row[name]
     except KeyError:
-        raise DatasetError(f"{where} has no {name!r}: give every row the same fields, or {LEAVE_OUT}") from None
+        raise DatasetError(f"{where(i)} has no {name!r}: give every row the same fields, or {LEAVE_OUT}") from None
     if value is None:
-        raise DatasetError(f"{where}: {name!r} is null: fill it in or drop the row before packing, or {LEAVE_OUT}")
+        raise DatasetError(f"{where(i)}: {name!r} is null: fill it in or drop the row before packing, or {LEAVE_OUT}")
     return value
 
 
@@ -89,7 +89,7 @@ def _field(name: str, values: list[Any], where: Where) -> Field:
     if types <= set(_BYTES):
         return Field(name, "uint8", kind="bytes")
     listed = types <= {list, tuple}
-    arrays = [_as_array(value, name, where(i)) for i, value in enumerate(values)]
+    arrays = [_as_array(value, name, where, i) for i, value in enumerate(values)]
     filled = [a for a in arrays if a.size] if listed else arrays  # an empty list says nothing of its elements
     if not filled:
         return Field(name, "int64", kind="ragged")
@@ -107,7 +107,7 @@ def _field(name: str, values: list[Any], where: Where) -> Field:
     return Field(name, dtype, filled[0].shape[1:], "ragged")
 
 
-def _as_array(value: Any, name: str, where: str) -> np.ndarray:
+def _as_array(value: Any, name: str, where: Where, i: int) -> np.ndarray:
     """Numbers as an array; raises for nested objects, texts in lists and lists that are not rectangular."""
     try:
         array = np.asarray(value)
@@ -117,7 +117,7 @@ def _as_array(value: Any, name: str, where: str) -> np.ndarray:
         what = (
             "a nested object" if isinstance(value, Mapping) else f"a {type(value).__name__} that is no array of numbers"
         )
-        raise DatasetError(f"{where}: {name!r} is {what}: {LEAVE_OUT}")
+        raise DatasetError(f"{where(i)}: {name!r} is {what}: {LEAVE_OUT}")
     if not array.dtype.isnative:
         array = array.astype(array.dtype.newbyteorder("="))
     return array
@@ -125,7 +125,7 @@ def _as_array(value: Any, name: str, where: str) -> np.ndarray:
 
 def _column(item: Field, values: list[Any], where: Where) -> Column:
     if item.kind == "text":
-        return _joined([_encoded(v, item, where(i)) for i, v in enumerate(values)], "text")
+        return _joined([_encoded(v, item, where, i) for i, v in enumerate(values)], "text")
     if item.kind == "bytes":
         for i, value in enumerate(values):
             if not isinstance(value, _BYTES):
@@ -143,7 +143,7 @@ def _column(item: Field, values: list[Any], where: Where) -> Column:
     for i, value in enumerate(values):
         if isinstance(value, (str, *_BYTES, Mapping)):
             raise _unlike(item, value, where(i))
-        array = _as_array(value, item.name, where(i))
+        array = _as_array(value, item.name, where, i)
         if array.shape != item.shape or not _fits(array, item, value):
             raise _unlike(item, value, where(i))
         out[i] = array
@@ -175,7 +175,7 @@ def _ragged(item: Field, values: list[Any], where: Where) -> Ragged:
     for i, value in enumerate(values):
         if isinstance(value, (str, *_BYTES, Mapping)):
             raise _unlike(item, value, where(i))
-        array = _as_array(value, item.name, where(i))
+        array = _as_array(value, item.name, where, i)
         if not array.size and isinstance(value, (list, tuple)):
             array = np.empty((0, *item.shape), item.dtype)
         if array.ndim == 0 or array.shape[1:] != item.shape or not _fits(array, item, value):
@@ -184,14 +184,14 @@ def _ragged(item: Field, values: list[Any], where: Where) -> Ragged:
     return Ragged(np.concatenate(arrays), offsets_of([len(array) for array in arrays]))
 
 
-def _encoded(value: Any, item: Field, where: str) -> bytes:
+def _encoded(value: Any, item: Field, where: Where, i: int) -> bytes:
     if not isinstance(value, str):
-        raise _unlike(item, value, where)
+        raise _unlike(item, value, where(i))
     try:
         return value.encode()
     except UnicodeEncodeError as error:
         raise DatasetError(
-            f"{where}: {item.name!r} is not UTF-8 text ({error.reason}): repair it or leave it out"
+            f"{where(i)}: {item.name!r} is not UTF-8 text ({error.reason}): repair it or leave it out"
         ) from None
 
 
