@@ -88,7 +88,12 @@ class LoaderConfig:
     """How samples reach the model; none of it changes which samples a step sees."""
 
     order: Literal["shuffle", "sequential"] = setting("shuffle", "order of the samples within an epoch")
-    num_workers: NonNegativeInt = setting(0, "loader processes; 0 reads in the training process")
+    num_workers: NonNegativeInt | Literal["auto"] = setting(
+        0, "threads or processes that read ahead; 0 reads in the training thread, `auto` measures at the start what pays"
+    )
+    workers: Literal["auto", "threads", "processes"] = setting(
+        "auto", "what reads ahead; `auto` takes threads for datasets that work in C without the GIL, or else processes"
+    )
     prefetch_steps: PositiveInt = setting(2, "steps each worker holds ready")
 
 
@@ -171,7 +176,7 @@ class LiveConfig:
 
 # What a resumed run may change; any other difference is refused (it would not be the same run).
 CHANGEABLE_ON_RESUME = ("num_steps", "evaluation", "checkpoint", "logging", "launch", "loader.num_workers",
-                        "loader.prefetch_steps", "data.path")  # fmt: skip
+                        "loader.workers", "loader.prefetch_steps", "data.path")  # fmt: skip
 
 KIND_TABLES = {"model": "turbopump.models", "data": "turbopump.sources"}
 

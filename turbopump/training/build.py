@@ -148,7 +148,8 @@ def build_state(config: Config, task: Task, run: Run) -> TrainState:
     loader = Loader(
         task.train_source, global_batch=config.global_batch, microbatch=config.microbatch, order=config.loader.order,
         seed=config.seed, num_steps=config.num_steps, num_workers=config.loader.num_workers,
-        prefetch_steps=config.loader.prefetch_steps, pin_memory=run.device.type == "cuda", **common,
+        workers=config.loader.workers, prefetch_steps=config.loader.prefetch_steps, copy=False,
+        pin_memory=run.device.type == "cuda", **common,
     )  # fmt: skip
     run.closers.append(loader.close)
     forward_backward = ForwardBackward(
