@@ -89,7 +89,8 @@ class LoaderConfig:
 
     order: Literal["shuffle", "sequential"] = setting("shuffle", "order of the samples within an epoch")
     num_workers: NonNegativeInt | Literal["auto"] = setting(
-        0, "threads or processes that read ahead; 0 reads in the training thread, `auto` measures at the start what pays"
+        0,
+        "threads or processes that read ahead; 0 reads in the training thread, `auto` measures at the start what pays",
     )
     workers: Literal["auto", "threads", "processes"] = setting(
         "auto", "what reads ahead; `auto` takes threads for datasets that work in C without the GIL, or else processes"
@@ -306,7 +307,8 @@ def _check_schema(table: dict[str, Any]) -> list[str]:
 
 
 def _validated(cls: type, values: dict[str, Any], prefix: str, problems: list[str]) -> Any:
-    found = _key_problems(cls, values, prefix)
+    keys = _key_problems(cls, values, prefix)
+    found = dict(keys)
     try:
         config = _adapter(cls).validate_python(values)
     except ValidationError as error:
@@ -316,6 +318,8 @@ def _validated(cls: type, values: dict[str, Any], prefix: str, problems: list[st
             if path not in found and not (prefix == "" and path in KIND_TABLES):
                 given = "" if item["type"] == "missing" else f"{item['input']!r} given; "
                 found[path] = f"{path}: {given}{_plain(item)}"
+            elif path in found and path not in keys:  # the other branches of a union
+                found[path] += f", or {_plain(item)}"
     problems += found.values()
     return None if found else config
 

@@ -2,8 +2,8 @@
 
 Batches travel in shared memory (`ring.SharedSlot`), only their structure in a pipe. A process that dies is forked again
 with exactly the tasks it had; the step it died in is then read sample by sample, so that a second death there names the
-record, and the loader raises at that step. `MAX_RESTARTS` deaths in all are forgiven: more are the machine's fault (most
-often its memory), not a record's.
+record, and the loader raises at that step. `MAX_RESTARTS` deaths in all are forgiven: more are the machine's fault,
+most often its memory, not a record's.
 
 What ends them: a killed process leaves no memory behind (it has no name) and no pipe. The parent kills them when it
 closes the loader, forgets it or exits; they end by themselves when the parent dies (`become_helper`, and the end of

@@ -124,7 +124,9 @@ def check_source_kind(kind: SourceKind, config: Any, *, split: str = "train") ->
     if hasattr(source, "__getitems__") and randomness == "none":
         _check_batches(source)
     threads = getattr(source, "releases_gil", False)
-    _expect(not threads or randomness == "none", "a source that draws from the global generators cannot be read by threads")
+    _expect(
+        not threads or randomness == "none", "a source that draws from the global generators cannot be read by threads"
+    )
     here = list(Loader(source, global_batch=4, num_steps=3))
     for workers in ("processes", "threads") if threads else ("processes",):
         with Loader(source, global_batch=4, num_steps=3, num_workers=2, workers=workers) as loader:
@@ -142,7 +144,9 @@ def _check_batches(source: Any) -> None:
     if hasattr(source, "batch_buffers"):
         buffers = source.batch_buffers(len(indices))
         source.__getitems__(indices[::-1].copy(), out=buffers)
-        _expect(_equal(source.__getitems__(indices, out=buffers), got), "a batch in buffers used again must be the same")
+        _expect(
+            _equal(source.__getitems__(indices, out=buffers), got), "a batch in buffers used again must be the same"
+        )
 
 
 def check_logger(make: Callable[[Path], Logger]) -> None:
