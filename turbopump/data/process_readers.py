@@ -83,8 +83,14 @@ class ProcessReaders:
         self._deaths: Counter[int] = Counter()
         self._workers: list[_Worker] = []
         self._end = weakref.finalize(self, _end_workers, os.getpid(), self._workers, self._slots)
-        for number in range(num_workers):
-            self._workers.append(self._start(number))
+        try:
+            for number in range(num_workers):
+                self._workers.append(self._start(number))
+        except OSError as error:
+            self.close()
+            raise SampleError(
+                f"a loader process cannot be started ({error.strerror}): use a smaller loader.num_workers"
+            ) from error
 
     @property
     def restarts(self) -> int:

@@ -67,7 +67,7 @@ class ReadAhead:
         self._next, self._end = todo.start, todo.stop
         self._free = deque(range(num_slots))
         self._num_slots = num_slots
-        self._steps_per_task = 0  # not known yet
+        self._steps_per_task = 1
         self._filled: dict[int, Filled] = {}
         self._current: Filled | None = None
         self._place = self._left = 0
@@ -102,13 +102,13 @@ class ReadAhead:
         current = self._current = self._filled.pop(step)
         self._place = 0
         self.read_s = current.read_s / max(1, len(current.steps))
-        if not self._steps_per_task and current.steps:
+        if current.steps:
             self._steps_per_task = _steps_per_task(current)
         return current
 
     def _submit(self) -> None:
         while self._free and self._next < self._end:
-            count = min(self._steps_per_task or 1, self._end - self._next)
+            count = min(self._steps_per_task, self._end - self._next)
             self.readers.submit(Task(self._next, count, self._free.popleft()))
             self._next += count
 
