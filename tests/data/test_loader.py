@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from turbopump.core.errors import ConfigError, CorruptDataError, DatasetError, SampleError, UsageError
+from turbopump.data import read_choice
 from turbopump.data.aligned import aligned_empty
 from turbopump.data.digits import DigitsConfig
 from turbopump.data.loader import Loader, evaluation_batches
@@ -394,7 +395,9 @@ def test_readers_are_taken_where_steps_come_as_fast_as_the_caller_reads_them(rea
     assert judged(tried, done[:2], 5)["workers"] == ("none" if read_s < 1e-3 else "threads")
 
 
-def test_auto_tells_a_bad_sample_as_ever():
+@pytest.mark.parametrize("quick_read_s", [0.0, 10.0])
+def test_auto_tells_a_bad_sample_as_ever(monkeypatch, quick_read_s):
+    monkeypatch.setattr(read_choice, "QUICK_READ_S", quick_read_s)
     loader = Loader(Broken(ValueError("bad")), global_batch=4, order="sequential", num_workers="auto")
     next(loader), next(loader)
     with pytest.raises(SampleError, match="sample 11"):

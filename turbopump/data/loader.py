@@ -137,7 +137,7 @@ class Loader:
 
     def _next(self) -> list[Any]:
         self.start()
-        if self._tried:
+        if self.step in self._tried:
             self.stats = {"ready_steps": len(self._tried), "read_s": self.choice["evidence"]["read_s"], "restarts": 0}
             return self._tried.pop(self.step)
         if self._ahead is None:
