@@ -27,7 +27,7 @@ from turbopump.data.order import Order
 from turbopump.data.process_readers import ProcessReaders
 from turbopump.data.read_ahead import ReadAhead, Readers
 from turbopump.data.read_choice import Choice, NumWorkers, Workers
-from turbopump.data.reading import (
+from turbopump.data.step_reading import (
     Randomness,
     SampleReader,
     StepOrder,

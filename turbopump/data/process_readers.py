@@ -34,7 +34,7 @@ from turbopump.core import errors
 from turbopump.core.errors import SampleError, TurbopumpError
 from turbopump.data.processes import become_helper
 from turbopump.data.read_ahead import Filled, Task
-from turbopump.data.reading import StepReader, described, name_of, pinned
+from turbopump.data.step_reading import StepReader, described, name_of, pinned
 from turbopump.data.ring import Message, SharedSlot
 
 MAX_RESTARTS = 5

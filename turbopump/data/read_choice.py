@@ -15,7 +15,7 @@ from typing import Any, Literal
 
 from turbopump.core.errors import ConfigError
 from turbopump.data.read_ahead import Filled
-from turbopump.data.reading import SampleReader
+from turbopump.data.step_reading import SampleReader
 
 Workers = Literal["auto", "threads", "processes"]
 NumWorkers = int | Literal["auto"]

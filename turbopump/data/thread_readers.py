@@ -19,7 +19,7 @@ import torch
 
 from turbopump.core.errors import UsageError
 from turbopump.data.read_ahead import Filled, Task
-from turbopump.data.reading import StepReader, name_of, pinned, tensor_bytes
+from turbopump.data.step_reading import StepReader, name_of, pinned, tensor_bytes
 
 _JOIN_S = 5.0
 """A read cannot be broken off; a thread still in one after this long is left behind, to end after it."""
