@@ -51,6 +51,9 @@ def test_fields_agree_with_an_independent_clock(tmp_path: Path, monkeypatch: pyt
     records = list(read_json_lines(RunDir(tmp_path / "r").spans(0)))
     steps = [StepBreakdown.from_spans(r["s"], r["spans"]) for r in records if r["type"] == "step"]
     assert len(steps) == 20
+    notes = [r["loader"] for r in records if r["type"] == "step"]
+    assert all(note.keys() == {"ready_steps", "read_s", "restarts", "wait_s"} for note in notes)
+    assert all(note["wait_s"] <= seconds for note, seconds in zip(notes, measured["data"], strict=True))
     for name, seconds in measured.items():
         booked = [getattr(step, name) for step in steps]
         # the typical step: between the two clocks of one of them other work may have had its turn

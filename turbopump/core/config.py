@@ -98,7 +98,13 @@ class LoaderConfig:
     )
     window_blocks: PositiveInt = setting(16, "blocks that are shuffled together, of `blocks`; more shuffle better")
     num_buckets: PositiveInt = setting(64, "parts of equal size that the lengths are divided into, of `bucketed`")
-    num_workers: NonNegativeInt = setting(0, "loader processes; 0 reads in the training process")
+    num_workers: NonNegativeInt | Literal["auto"] = setting(
+        0,
+        "threads or processes that read ahead; 0 reads in the training thread, `auto` measures at the start what pays",
+    )
+    workers: Literal["auto", "threads", "processes"] = setting(
+        "auto", "what reads ahead; `auto` takes threads for datasets that work in C without the GIL, or else processes"
+    )
     prefetch_steps: PositiveInt = setting(2, "steps each worker holds ready")
 
 
@@ -181,7 +187,7 @@ class LiveConfig:
 
 # What a resumed run may change; any other difference is refused (it would not be the same run).
 CHANGEABLE_ON_RESUME = ("num_steps", "evaluation", "checkpoint", "logging", "launch", "loader.num_workers",
-                        "loader.prefetch_steps", "data.path")  # fmt: skip
+                        "loader.workers", "loader.prefetch_steps", "data.path")  # fmt: skip
 
 KIND_TABLES = {"model": "turbopump.models", "data": "turbopump.sources"}
 
@@ -311,7 +317,8 @@ def _check_schema(table: dict[str, Any]) -> list[str]:
 
 
 def _validated(cls: type, values: dict[str, Any], prefix: str, problems: list[str]) -> Any:
-    found = _key_problems(cls, values, prefix)
+    keys = _key_problems(cls, values, prefix)
+    found = dict(keys)
     try:
         config = _adapter(cls).validate_python(values)
     except ValidationError as error:
@@ -321,6 +328,8 @@ def _validated(cls: type, values: dict[str, Any], prefix: str, problems: list[st
             if path not in found and not (prefix == "" and path in KIND_TABLES):
                 given = "" if item["type"] == "missing" else f"{item['input']!r} given; "
                 found[path] = f"{path}: {given}{_plain(item)}"
+            elif path in found and path not in keys:  # the other branches of a union
+                found[path] += f", or {_plain(item)}"
     problems += found.values()
     return None if found else config
 

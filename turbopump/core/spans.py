@@ -6,7 +6,8 @@ there is none, so that code with spans runs anywhere). Records go to `spans/rank
 
     {"type": "attempt", "attempt": 0, "epoch_s": <unix time>, "pid": ..., "rank": ..., "world_size": ...}
     {"type": "period", "name": "startup"|"evaluation"|"checkpoint"|"logging", "start_s": ..., "s": ..., "step": ...}
-    {"type": "step", "step": 7, "start_s": ..., "s": ..., "spans": {"data": ..., "compute": ..., ...}}
+    {"type": "step", "step": 7, "start_s": ..., "s": ..., "spans": {"data": ..., "compute": ..., ...},
+     "loader": {"ready_steps": ..., "wait_s": ..., "read_s": ..., "restarts": ...}}     (`note`; no part of any sum)
     {"type": "restore", "step": 5}            the attempt goes on from here; steps 6... of earlier attempts are lost
     {"type": "end", "s": ..., "reason": "finished"|"SIGINT"|...}
 
@@ -100,6 +101,7 @@ class Spans:
         self.last_step_s = 0.0
         self._stack: list[_Open] = []
         self._totals: dict[str, float] = {}
+        self._notes: dict[str, Mapping[str, float]] = {}
         self._thread = threading.get_ident()
         self._before: Spans | None = None
         self._write({"type": "attempt", "attempt": attempt, "epoch_s": time.time() - began_before_s,
@@ -114,14 +116,14 @@ class Spans:
     @contextmanager
     def step(self, step: int) -> Iterator[None]:
         """Wraps one training step, numbered from 1, and records its spans."""
-        self._totals = {}
+        self._totals, self._notes = {}, {}
         begin = time.perf_counter()
         try:
             yield
         finally:
             elapsed = time.perf_counter() - begin
             self._write({"type": "step", "step": step, "start_s": begin - self._start, "s": elapsed,
-                         "spans": self._totals})  # fmt: skip
+                         "spans": self._totals, **self._notes})  # fmt: skip
             self.last_step_s = elapsed
 
     @contextmanager
@@ -199,6 +201,13 @@ _current: Spans | None = None
 def span(name: str) -> _Open:
     """`with span("compute"):` books the time inside, less inner spans, under `name` in the current step."""
     return _Open(name)
+
+
+def note(name: str, values: Mapping[str, float]) -> None:
+    """Write `values` into the record of the current step, under `name`: what happened beside its spans."""
+    spans = _current
+    if spans is not None and spans._thread == threading.get_ident():
+        spans._notes[name] = values
 
 
 def step_breakdown(records: Iterable[Mapping[str, Any]]) -> StepBreakdown:

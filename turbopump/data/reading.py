@@ -20,13 +20,13 @@ import numpy as np
 from turbopump.core.errors import CorruptDataError
 from turbopump.core.files import digest
 from turbopump.data import gather
+from turbopump.data.aligned import aligned_empty
 from turbopump.data.gather import Result, Store, address, kernels
 from turbopump.data.manifest import Field, Manifest, ShardEntry, num_buffers, sums_name
 from turbopump.data.ragged import Ragged, offsets_of
 
 Index = np.ndarray | Sequence[int]
 RESTORE = "restore the file from a copy or pack the dataset again"
-PAGE_BYTES = 4096
 RESIDENT_SHARE = 0.9  # of a shard's pages: with fewer in memory its pages are asked for before they are touched
 
 
@@ -105,7 +105,7 @@ class SplitData:
     differ from their checksum. Safe in several threads.
     """
 
-    ranged = False
+    batches_ahead = 0  # how many batches may be announced by `prefetch` before they are read
 
     def __init__(self, files: Files, manifest: Manifest, split: str) -> None:
         self.fields = manifest.fields
@@ -180,7 +180,7 @@ class SplitData:
     def buffers(self, rows: int) -> tuple[Any, ...]:
         """Memory for batches of up to `rows` rows, for `batch` to use again and again."""
         return tuple(
-            page_aligned((rows, *item.shape), item.dtype) if item.fixed else RaggedBuffers(item, rows)
+            aligned_empty((rows, *item.shape), item.dtype) if item.fixed else RaggedBuffers(item, rows)
             for item in self.fields
         )
 
@@ -197,6 +197,9 @@ class SplitData:
 
     def prefetch_windows(self, start: Index, items: int) -> None:
         """The same for `windows`."""
+
+    def forget(self) -> None:
+        """Drop what was announced and not read."""
 
     # ---- whole shards --------------------------------------------------------------------------------------------
 
@@ -316,23 +319,16 @@ class RaggedBuffers:
     def __init__(self, field: Field, rows: int) -> None:
         self._field = field
         self.offsets = np.zeros(rows + 1, np.int64)
-        self.values = page_aligned((0, *field.shape), field.dtype)
+        self.values = aligned_empty((0, *field.shape), field.dtype)
 
     def grow(self, elements: int) -> None:
         if elements > len(self.values):
-            self.values = page_aligned((elements + elements // 8, *self._field.shape), self._field.dtype)
+            self.values = aligned_empty((elements + elements // 8, *self._field.shape), self._field.dtype)
 
     def batch(self, rows: int) -> Ragged:
         """The batch of `rows` rows that was put here."""
         total = int(self.offsets[rows])
         return Ragged(self.values[:total], self.offsets[: rows + 1], self._field.kind)  # type: ignore[arg-type]
-
-
-def page_aligned(shape: tuple[int, ...], dtype: str | type) -> np.ndarray:
-    """An array whose first byte starts a page: malloc gives 16 bytes past one, where copies of pages are slowest."""
-    count = int(np.prod(shape, dtype=np.int64)) * np.dtype(dtype).itemsize
-    memory = mmap.mmap(-1, max(1, count))
-    return np.frombuffer(memory, np.uint8, count).view(dtype).reshape(shape)
 
 
 def resident_share(mapped: np.ndarray) -> float:

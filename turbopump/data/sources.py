@@ -9,6 +9,10 @@ A source is a map-style dataset (PyTorch's and Grain's sense): `__len__`, `__get
   samples, or one batch already collated (an array, or a tuple or dict of arrays).
 - `collate(samples)`, where there is one, makes a batch of a list of samples; else torch's default collation does.
 - Samples are numpy values (no torch here), fresh arrays that the caller may write to; sources survive `fork`.
+- `batch_buffers(rows)` and `__getitems__(indices, out=buffers)`, where they are: memory for batches of up to `rows`
+  samples, used again for each. `releases_gil`: batches may be read in several threads at once.
+- `batches_ahead`, `prefetch(indices)`, `forget()`: so many batches may be announced before they are read, in order.
+- `locate(index)` says where a sample is stored, for errors; `lengths` holds each sample's length, for buckets.
 """
 
 from __future__ import annotations
@@ -26,10 +30,10 @@ from turbopump.core.config import PositiveInt, setting
 from turbopump.core.errors import DatasetError, UsageError
 from turbopump.core.plugins import SourceKind
 from turbopump.data import text
+from turbopump.data.aligned import aligned_empty
 from turbopump.data.digits import DigitsConfig, open_digits
 from turbopump.data.format import Dataset, Reading, concatenated, open_dataset
 from turbopump.data.manifest import read_manifest
-from turbopump.data.reading import page_aligned
 from turbopump.data.tones import TonesConfig, TonesSource, tones_shape
 
 
@@ -118,7 +122,16 @@ class TokensSource:
 
     def batch_buffers(self, rows: int) -> np.ndarray:
         """Memory for `__getitems__(indices, out=...)` of up to `rows` windows."""
-        return page_aligned((rows, self.seq_len + 1), np.int64)
+        return aligned_empty((rows, self.seq_len + 1), np.int64)
+
+    @property
+    def batches_ahead(self) -> int:
+        """How many batches `prefetch` takes before they are read: none where shards are mapped."""
+        return self._data.batches_ahead
+
+    def forget(self) -> None:
+        """Drop what was announced and not read."""
+        self._data.forget()
 
     def prefetch(self, indices: Sequence[int] | np.ndarray) -> None:
         """Tell of a batch to come: its reads start now where the dataset is read directly or from a store."""
@@ -192,6 +205,15 @@ class ArraysSource:
     def batch_buffers(self, rows: int) -> tuple[Any, ...]:
         """Memory for `__getitems__(indices, out=...)` of up to `rows` rows."""
         return self._data.buffers(rows)
+
+    @property
+    def batches_ahead(self) -> int:
+        """How many batches `prefetch` takes before they are read: none where shards are mapped."""
+        return self._data.batches_ahead
+
+    def forget(self) -> None:
+        """Drop what was announced and not read."""
+        self._data.forget()
 
     def prefetch(self, indices: Sequence[int] | np.ndarray) -> None:
         """Tell of a batch to come: its reads start now where the dataset is read directly or from a store."""

@@ -22,6 +22,8 @@ from turbopump.core.errors import ConfigError, DatasetError, UsageError
 from turbopump.core.randomness import seed_of
 from turbopump.core.workload import Workload
 from turbopump.data.loader import Loader, evaluation_batches
+from turbopump.data.order import StepOrder
+from turbopump.data.source_order import source_order
 from turbopump.planner.summary import misfits
 from turbopump.training.evaluation import Metrics, evaluate_model
 from turbopump.training.forward_backward import ForwardBackward, Loss, Weight, reseed
@@ -146,9 +148,11 @@ def build_state(config: Config, task: Task, run: Run) -> TrainState:
     compute = choose_compute(config, run)
     common: dict[str, Any] = {"rank": run.rank, "world_size": run.world_size}
     loader = Loader(
-        task.train_source, global_batch=config.global_batch, microbatch=config.microbatch, order=config.loader.order,
+        task.train_source, global_batch=config.global_batch, microbatch=config.microbatch, order=_order(config, task),
         seed=config.seed, num_steps=config.num_steps, num_workers=config.loader.num_workers,
-        prefetch_steps=config.loader.prefetch_steps, pin_memory=run.device.type == "cuda", **common,
+        choice=read_choices(run.rundir).get("loader") if config.loader.num_workers == "auto" else None,
+        workers=config.loader.workers, prefetch_steps=config.loader.prefetch_steps, copy=False,
+        pin_memory=run.device.type == "cuda", **common,
     )  # fmt: skip
     run.closers.append(loader.close)
     forward_backward = ForwardBackward(
@@ -162,6 +166,14 @@ def build_state(config: Config, task: Task, run: Run) -> TrainState:
     return TrainState(
         model=model, forward_backward=forward_backward, loader=loader, seed=config.seed,
         optimizer=build_optimizer(model, config, compute, task.make_optimizer),
+    )  # fmt: skip
+
+
+def _order(config: Config, task: Task) -> StepOrder:
+    settings = config.loader
+    return source_order(
+        task.train_source, config.global_batch, order=settings.order, seed=config.seed,
+        block_samples=settings.block_samples, window_blocks=settings.window_blocks, num_buckets=settings.num_buckets,
     )  # fmt: skip
 
 
@@ -183,6 +195,13 @@ def choose_compute(config: Config, run: Run) -> str:
             choice = {"compute": compute, "evidence": rows}
             write_choices(run.rundir, {"precision": choice})
     return str(process_group.broadcast_json(choice)["compute"])
+
+
+def settle_loader(config: Config, run: Run, state: TrainState) -> None:
+    """Start to read ahead; where `loader.num_workers` is "auto", what rank 0 found is kept for every resume."""
+    choice = state.loader.start()
+    if config.loader.num_workers == "auto" and run.rank == 0:
+        write_choices(run.rundir, {"loader": choice})
 
 
 def measure_speed(config: Config, task: Task, run: Run, state: TrainState) -> Speed:

@@ -123,8 +123,14 @@ def check_source_kind(kind: SourceKind, config: Any, *, split: str = "train") ->
     _expect(_equal(read(3), read(3, of=pickle.loads(pickle.dumps(source)))), "a pickled source gives the same samples")
     if hasattr(source, "__getitems__") and randomness == "none":
         _check_batches(source)
-    steps = [list(Loader(source, global_batch=4, num_steps=2, num_workers=n)) for n in (0, 1)]
-    _expect(_equal(*steps), "a loader process must read the same batches as the training process")
+    threads = getattr(source, "releases_gil", False)
+    _expect(
+        not threads or randomness == "none", "a source that draws from the global generators cannot be read by threads"
+    )
+    here = list(Loader(source, global_batch=4, num_steps=3))
+    for workers in ("processes", "threads") if threads else ("processes",):
+        with Loader(source, global_batch=4, num_steps=3, num_workers=2, workers=workers) as loader:
+            _expect(_equal(here, list(loader)), f"loader {workers} must read the same batches as the training thread")
 
 
 def _check_batches(source: Any) -> None:
@@ -135,6 +141,12 @@ def _check_batches(source: Any) -> None:
     _expect(
         _equal(same, one_by_one), "__getitems__ must give the samples that __getitem__ gives, in the order asked for"
     )
+    if hasattr(source, "batch_buffers"):
+        buffers = source.batch_buffers(len(indices))
+        source.__getitems__(indices[::-1].copy(), out=buffers)
+        _expect(
+            _equal(source.__getitems__(indices, out=buffers), got), "a batch in buffers used again must be the same"
+        )
 
 
 def check_logger(make: Callable[[Path], Logger]) -> None:

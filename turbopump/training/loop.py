@@ -60,6 +60,7 @@ def run_training(job: Job) -> TrainResult:
         if restored_step is None and job.start_from is not None:
             load_model(state.model, read_weights(job.start_from))
         run.started(state, measure_speed(config, task, run, state), restored_step)
+        settle_loader(config, run, state)
         while state.step < config.num_steps and not run.stopping:
             with run.step(state):
                 with span("data"):

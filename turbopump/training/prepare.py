@@ -107,4 +107,6 @@ def read_choices(rundir: RunDir) -> dict[str, Any]:
 
 
 def write_choices(rundir: RunDir, choices: dict[str, Any]) -> None:
-    write_atomic(rundir.choices, to_toml({"schema_version": 1, "turbopump_version": VERSION, **choices}))
+    """Add choices to those that are kept there."""
+    header = {"schema_version": 1, "turbopump_version": VERSION}
+    write_atomic(rundir.choices, to_toml({**read_choices(rundir), **header, **choices}))
