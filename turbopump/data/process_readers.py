@@ -34,8 +34,8 @@ from turbopump.core import errors
 from turbopump.core.errors import SampleError, TurbopumpError
 from turbopump.data.processes import become_helper
 from turbopump.data.read_ahead import Filled, Task
-from turbopump.data.step_reading import StepReader, described, name_of, pinned
 from turbopump.data.ring import Message, SharedSlot
+from turbopump.data.step_reading import StepReader, described, name_of, pinned
 
 MAX_RESTARTS = 5
 _LOOK_EVERY_S = 1.0

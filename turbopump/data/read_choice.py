@@ -41,7 +41,7 @@ def candidate(samples: SampleReader, workers: Workers, num_workers: NumWorkers) 
     else:
         why = f"loader.workers is {workers}"
     count = min(MOST_WORKERS, len(os.sched_getaffinity(0))) if num_workers == "auto" else num_workers
-    if workers == "threads" and getattr(samples.source, "batches_ahead", 0):
+    if workers == "threads" and getattr(samples.source, "batches_ahead", None):
         count, why = 1, f"{why}, and fetches many records at once by itself"
     return {"workers": workers, "num_workers": count, "why": why}
 

@@ -16,7 +16,7 @@ from turbopump.core.config import Config
 from turbopump.core.rundir import RunDir
 from turbopump.core.spans import span
 from turbopump.hardware.process import keep_freed_memory
-from turbopump.training.build import Live, build_state, measure_speed, resolve_task
+from turbopump.training.build import Live, build_state, measure_speed, resolve_task, settle_loader
 from turbopump.training.checkpoint import read_weights
 from turbopump.training.metrics import Logger
 from turbopump.training.run import Hook, Run
