@@ -245,6 +245,8 @@ def cut_off(cache: BlockCache, patch, cut: int) -> bool:
         def __eq__(self, other):
             return self._array == other
 
+        __hash__ = None
+
     for name in ("generation", "file", "block", "num_bytes", "last_use", "checksum", "state", "row_owner", "next"):
         patch.setattr(table, name, Cut(getattr(table, name)))
     for name in ("bucket", "heads", "header"):

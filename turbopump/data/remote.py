@@ -85,7 +85,7 @@ class RemoteReader:
         self._checked = np.zeros(self._objects.num_blocks, np.bool_)
         self._pending = np.zeros(self._objects.num_blocks, np.int32)
         self._counts = dict.fromkeys(("hits", "misses", "requests", "fetched_bytes", "wait_s"), 0.0)
-        self._reads = 0
+        self._calls = self._num_reads = 0
 
     def _here(self) -> None:
         if self._pid != os.getpid():
@@ -130,6 +130,7 @@ class RemoteReader:
         missed = ~self._valid(blocks)
         self._counts["misses"] += int(missed.sum())
         self._counts["hits"] += len(blocks) - int(missed.sum())
+        self._num_reads += 1
         at_once = max(1, self._cache.num_slots // 2)
         for begin in range(0, len(blocks), at_once):
             chosen = np.flatnonzero((of_piece >= begin) & (of_piece < begin + at_once))
@@ -203,8 +204,8 @@ class RemoteReader:
 
     def _hold(self) -> None:
         """Now and then tell the cache what is still needed."""
-        self._reads += 1
-        if self._ahead and self._reads % 8 == 0:
+        self._calls += 1
+        if self._ahead and self._calls % 8 == 0:
             blocks = np.fromiter(self._ahead, np.int64, len(self._ahead))
             self._cache.touch(self._slot[blocks[self._valid(blocks)]], needed=True)
 
@@ -318,12 +319,12 @@ class RemoteReader:
         return min(self._most_ahead, _MOST_LOOSE_BYTES // self._block_bytes) if self._through else self._most_ahead
 
     def _next_run(self, block: int, refused: set[int]) -> list[int]:
-        """The block and those beside it in its object that are wanted too, in one request; as many requests as there
-        are lanes before any becomes longer."""
+        """The block and those beside it in its object that are wanted too, in one request: what waits is
+        spread over the requests that may be made."""
         known, _ = self._where(block)
         last = known.first + -(-known.num_bytes // self._block_bytes)
         queued = len(self._urgent) + len(self._wanted)
-        most = max(1, min(self._lane_bytes // self._block_bytes, queued // self._num_lanes))
+        most = max(1, min(self._lane_bytes // self._block_bytes, -(-queued // len(self._lanes))))
         if block not in self._urgent:
             most = min(most, self._may_be_ahead() - len(self._ahead))
         run = [block]
@@ -353,10 +354,13 @@ class RemoteReader:
         self._flying.update(block for block, _ in group)
         self._counts["requests"] += 1
         future = self._store.fetch(known.key, begin, end, lane * self._lane_bytes)
-        future.add_done_callback(lambda done: self._arrived(done, group, lane, end - begin))
+        asked_by = self._num_reads if self._awaited else -1
+        future.add_done_callback(lambda done: self._arrived(done, group, lane, end - begin, asked_by))
 
-    def _arrived(self, future: Future[int], group: list[tuple[int, Row]], lane: int, num_bytes: int) -> None:
-        """Called by the thread that receives answers."""
+    def _arrived(
+        self, future: Future[int], group: list[tuple[int, Row]], lane: int, num_bytes: int, asked_by: int
+    ) -> None:
+        """Called by the thread that receives answers. A failure is for the read that asked; another asks again."""
         failure: Exception | None = None
         filled: dict[int, Row] = {}
         try:
@@ -377,7 +381,7 @@ class RemoteReader:
                 row = filled.get(block, Row("absent"))
                 if row.state == "ready":
                     self._slot[block], self._generation[block], self._checked[block] = row.slot, row.generation, True
-                elif failure is not None and block in self._awaited:
+                elif failure is not None and block in self._awaited and asked_by == self._num_reads:
                     self._failed[block] = failure
                 elif block not in self._loose:
                     self._ahead.discard(block)

@@ -31,7 +31,7 @@ from obstore.store import from_url
 from turbopump.data.processes import become_helper
 
 LENGTH = struct.Struct("<I")
-_FIRST_DELAY_S, _LONGEST_DELAY_S = 0.1, 10.0
+_LONGEST_DELAY_S = 10.0
 _THROTTLED = ("503", "429", "SlowDown", "Slow Down", "TooManyRequests", "Too Many Requests", "RequestLimitExceeded")
 _FINAL = (
     FileNotFoundError,
@@ -67,12 +67,13 @@ class Answer(msgspec.Struct, array_like=True):
 
 
 class Limits(msgspec.Struct):
-    """How long to try: `request_s` for one request to end, `stall_s` between two pieces of a body, `retry_s` in all."""
+    """How long to try; the fields are those of `stores.Limits`."""
 
-    request_s: float = 60.0
-    stall_s: float = 10.0
-    retry_s: float = 120.0
-    max_tries: int = 10
+    request_s: float
+    stall_s: float
+    retry_s: float
+    first_delay_s: float
+    max_tries: int
 
 
 class Settings(msgspec.Struct):
@@ -132,7 +133,7 @@ class StoreServer:
                 return answer
             except Exception as error:  # whatever else comes out of the library is the server's or the network's
                 answer.error = _said(error)
-            delay = min(_LONGEST_DELAY_S, _FIRST_DELAY_S * 2**answer.tries) * random.random()
+            delay = min(_LONGEST_DELAY_S, self._limits.first_delay_s * 2**answer.tries) * random.random()
             if any(word in answer.error for word in _THROTTLED):
                 answer.throttled += 1
                 self._paused_until = max(self._paused_until, clock() + delay / 2)

@@ -37,11 +37,13 @@ _LENGTH_BYTES = 4
 
 
 class Limits(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """How long a store tries. Seconds: for one request, between two pieces of its body, and for all tries together."""
+    """How long a store tries. Seconds: for one request, between two pieces of its body, for all tries together, and
+    what the wait before the second try is drawn from (twice as long with each further one, ten seconds at most)."""
 
     request_s: float = 60.0
     stall_s: float = 10.0
     retry_s: float = 120.0
+    first_delay_s: float = 0.1
     max_tries: int = 10
 
     def __post_init__(self) -> None:
