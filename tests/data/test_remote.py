@@ -322,9 +322,24 @@ def test_a_directory_that_cannot_be_made_is_an_error(server, tmp_path):
 
 
 def test_ranges_outside_their_object_are_refused(reader):
-    for handle, offset, length in [(0, 700_000, 2), (0, -1, 5), (9, 0, 1), (-1, 0, 1), (0, 0, 0), (2, 4, 2)]:
+    for handle, offset, length in [(0, 700_000, 2), (0, -1, 5), (9, 0, 1), (-1, 0, 1), (0, 0, -1), (2, 4, 2)]:
         with pytest.raises(DatasetError, match="not within"):
             reader.read(np.array([handle], np.int32), np.array([offset]), np.array([length]))
+
+
+def test_ranges_of_nothing_are_read_too(reader):
+    ranges = np.array([0, 2, 0], np.int32), np.array([0, 5, 40_000]), np.array([0, 0, 10])
+    reader.prefetch(*ranges)
+    assert is_right(reader.read(*ranges), *ranges)
+
+
+def test_opening_many_objects_asks_nothing_of_the_store(server, tmp_path):
+    reader = reader_of(server, tmp_path / "cache")
+    handles = [reader.open(f"many/{i}", 1 << 20) for i in range(10_000)]
+    assert handles == list(range(len(OBJECTS), len(OBJECTS) + 10_000))
+    ranges = some_ranges(0)
+    assert is_right(reader.read(*ranges), *ranges)
+    reader.close()
 
 
 def test_a_window_larger_than_the_cache_is_refused(server, tmp_path):

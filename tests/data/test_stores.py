@@ -4,8 +4,8 @@ import os
 import signal
 import time
 from pathlib import Path
+from urllib.request import Request, urlopen
 
-import boto3
 import pytest
 from moto.server import ThreadedMotoServer
 
@@ -145,12 +145,10 @@ def test_a_real_s3_server(monkeypatch):
         url = "http://{}:{}".format(*server.get_host_and_port())
         for name, value in (("ACCESS_KEY_ID", "k"), ("SECRET_ACCESS_KEY", "s"), ("REGION", "us-east-1")):
             monkeypatch.setenv(f"AWS_{name}", value)
-        monkeypatch.setenv("AWS_DEFAULT_REGION", "us-east-1")
         monkeypatch.setenv("AWS_ENDPOINT_URL", url)
-        client = boto3.client("s3", endpoint_url=url)
-        client.create_bucket(Bucket="bucket")
+        urlopen(Request(f"{url}/bucket", method="PUT")).close()
         for i in range(3):
-            client.put_object(Bucket="bucket", Key=f"set/{i}.bin", Body=DATA[i:])
+            urlopen(Request(f"{url}/bucket/set/{i}.bin", DATA[i:], method="PUT")).close()
         store = open_store("s3://bucket/set", limits=LIMITS)  # credentials and address from the environment
         assert store.list() == [(f"{i}.bin", len(DATA) - i) for i in range(3)]
         assert store.get("1.bin") == DATA[1:] and store.size("2.bin") == len(DATA) - 2

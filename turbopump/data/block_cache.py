@@ -56,6 +56,11 @@ class Row:
     generation: int = 0
 
 
+def default_directory(dataset_digest: str) -> Path:
+    """Where the cache of a dataset is unless the recipe says otherwise; the digest is that of its manifest."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "turbopump" / "blocks" / dataset_digest
+
+
 class BlockCache:
     """`cache_bytes` of blocks in `directory`, which is made if need be and belongs to one dataset (name it by digest).
 

@@ -42,22 +42,31 @@ class Objects:
     def __init__(self, store: Store, block_bytes: int) -> None:
         self._store, self.block_bytes = store, block_bytes
         self.opened: list[Object] = []
-        self.sizes = np.zeros(0, np.int64)
-        self.first = np.zeros(0, np.int64)
         self.num_blocks = 0
         self._by_key: dict[str, int] = {}
+        self._files: set[int] = set()
+        self._arrays = np.zeros((2, 0), np.int64)
+
+    @property
+    def first(self) -> Array:
+        """The first block of each object, int64 [objects]."""
+        return self._as_arrays()[0]
+
+    def _as_arrays(self) -> Array:
+        if self._arrays.shape[1] != len(self.opened):  # made when needed: 10,000 objects are opened one by one
+            self._arrays = np.array([[x.first for x in self.opened], [x.num_bytes for x in self.opened]], np.int64)
+        return self._arrays
 
     def open(self, key: str, num_bytes: int | None) -> int:
         check_key(self._store.url, key)
         if key not in self._by_key:
             size = self._store.size(key) if num_bytes is None else num_bytes
             file = int(digest(key.encode()), 16)
-            if any(known.file == file for known in self.opened):
+            if file in self._files:
                 raise DatasetError(f"{self._store.url}: {key} has the XXH3 of another key: rename it")
+            self._files.add(file)
             self._by_key[key] = len(self.opened)
             self.opened.append(Object(key, size, file, self.num_blocks))
-            self.sizes = np.append(self.sizes, size)
-            self.first = np.append(self.first, self.num_blocks)
             self.num_blocks += -(-size // self.block_bytes)
         return self._by_key[key]
 
@@ -65,8 +74,8 @@ class Objects:
         """Raises `DatasetError` for a range that is not within its object."""
         wrong = (handles < 0) | (handles >= len(self.opened))
         ends = offsets + lengths
-        sizes = self.sizes[np.where(wrong, 0, handles)] if len(self.opened) else np.zeros(len(handles), np.int64)
-        wrong |= (offsets < 0) | (lengths <= 0) | (ends > sizes)
+        sizes = np.append(self._as_arrays()[1], 0)[np.where(wrong, -1, handles)]
+        wrong |= (offsets < 0) | (lengths < 0) | (ends > sizes)
         if wrong.any():
             i = int(np.flatnonzero(wrong)[0])
             known = 0 <= handles[i] < len(self.opened)
@@ -107,7 +116,7 @@ class Pieces:
 def cut(first_block: Array, offsets: Array, lengths: Array, block_bytes: int) -> Pieces:
     """The pieces of ranges in objects whose blocks count from `first_block`."""
     first, last = offsets // block_bytes, (offsets + lengths - 1) // block_bytes
-    count = last - first + 1
+    count = np.where(lengths > 0, last - first + 1, 0)
     of_range = np.repeat(np.arange(len(offsets)), count)
     number = first[of_range] + np.arange(len(of_range)) - np.repeat(np.cumsum(count) - count, count)
     low = np.maximum(offsets[of_range], number * block_bytes)

@@ -80,10 +80,12 @@ class RemoteReader:
         self._past: set[int] = set()  # awaited blocks that are to come past the cache
         self._lanes = list(range(self._num_lanes))
         self._through = False  # the cache's disk takes no more
-        self._slot = np.full(self._objects.num_blocks, -1, np.int32)
-        self._generation = np.zeros(self._objects.num_blocks, np.uint64)
-        self._checked = np.zeros(self._objects.num_blocks, np.bool_)
-        self._pending = np.zeros(self._objects.num_blocks, np.int32)
+        # Of every block: where this process saw it last (generation 0: nowhere), whether its checksum was right, and
+        # how many ranges of it will be read.
+        self._slot = np.zeros(0, np.int32)
+        self._generation = np.zeros(0, np.uint64)
+        self._checked = np.zeros(0, np.bool_)
+        self._pending = np.zeros(0, np.int32)
         self._counts = dict.fromkeys(("hits", "misses", "requests", "fetched_bytes", "wait_s"), 0.0)
         self._calls = self._num_reads = 0
 
@@ -94,15 +96,7 @@ class RemoteReader:
     def open(self, key: str, num_bytes: int | None = None) -> int:
         """The handle of an object; its size is asked for unless it is given."""
         self._here()
-        handle = self._objects.open(key, num_bytes)
-        more = self._objects.num_blocks - len(self._slot)
-        if more:
-            with self._changed:
-                self._slot = np.append(self._slot, np.full(more, -1, np.int32))
-                self._generation = np.append(self._generation, np.zeros(more, np.uint64))
-                self._checked = np.append(self._checked, np.zeros(more, np.bool_))
-                self._pending = np.append(self._pending, np.zeros(more, np.int32))
-        return handle
+        return self._objects.open(key, num_bytes)
 
     def prefetch(self, handles: Array, offsets: Array, lengths: Array) -> None:
         """Start to fetch the blocks of these ranges, after those of earlier calls. Never waits, never raises for what
@@ -146,7 +140,7 @@ class RemoteReader:
             known, number = self._where(block)
             self._cache.drop(known.file, [number])
         with self._changed:
-            self._slot[blocks] = -1
+            self._generation[blocks] = 0
             for block in blocks.tolist():
                 self._loose.pop(block, None)
         return self.read(handles, offsets, lengths)
@@ -176,7 +170,17 @@ class RemoteReader:
     def _pieces(self, handles: Array, offsets: Array, lengths: Array) -> Pieces:
         handles, offsets, lengths = (np.asarray(x, np.int64) for x in (handles, offsets, lengths))
         self._objects.check(handles, offsets, lengths)
+        if self._objects.num_blocks > len(self._slot):
+            self._grow(self._objects.num_blocks * 5 // 4)
         return cut(self._objects.first[handles], offsets, lengths, self._block_bytes)
+
+    def _grow(self, num_blocks: int) -> None:
+        with self._changed:
+            for name in ("_slot", "_generation", "_checked", "_pending"):
+                before = getattr(self, name)
+                after = np.zeros(num_blocks, before.dtype)  # memory only where there is something
+                after[: len(before)] = before
+                setattr(self, name, after)
 
     def _where(self, block: int) -> tuple[Object, int]:
         """The object of a block, and its number therein."""
@@ -186,8 +190,8 @@ class RemoteReader:
 
     def _valid(self, blocks: Array) -> Array:
         """Which blocks are where this process saw them last."""
-        slots = self._slot[blocks]
-        return (slots >= 0) & (self._cache.table.generation[slots] == self._generation[blocks])
+        generations = self._generation[blocks]
+        return (generations > 0) & (self._cache.table.generation[self._slot[blocks]] == generations)
 
     def _was_read(self, pieces: Pieces, blocks: Array) -> None:
         with self._changed:
@@ -215,28 +219,29 @@ class RemoteReader:
         for attempt in range(1 << 30):
             blocks = np.unique(pieces.block[chosen])
             self._wait_for(blocks, outside=attempt > 3)
-            slots = self._slot[pieces.block[chosen]]
-            generations = self._generation[pieces.block[chosen]]
+            with self._changed:  # slot and generation belong together
+                slots, generations = self._slot[pieces.block[chosen]], self._generation[pieces.block[chosen]]
             source = slots.astype(np.int64) * self._block_bytes + pieces.begin[chosen]
             target = at[pieces.range[chosen]] + pieces.at[chosen]
-            whole = self._copied(pieces.block[chosen], source, target, pieces.length[chosen])
-            loose = np.fromiter((b in self._loose for b in pieces.block[chosen].tolist()), np.bool_, len(chosen))
-            same = self._cache.table.generation[slots] == generations
-            chosen = chosen[~(loose | (same & (slots >= 0) & whole))]
+            loose, whole = self._copied(pieces.block[chosen], source, target, pieces.length[chosen])
+            same = (generations > 0) & (self._cache.table.generation[slots] == generations)
+            chosen = chosen[~(loose | (same & whole))]
             if not len(chosen):
                 return
 
-    def _copied(self, blocks: Array, source: Array, target: Array, lengths: Array) -> Array:
-        view, handle, preadv, loose = self._arena.view, self._cache.table.blocks, os.preadv, self._loose
-        whole = np.ones(len(source), np.bool_)
+    def _copied(self, blocks: Array, source: Array, target: Array, lengths: Array) -> tuple[Array, Array]:
+        """Which pieces were copied of loose blocks, and which whole from a slot (that may have changed meanwhile)."""
+        view, handle, preadv = self._arena.view, self._cache.table.blocks, os.preadv
+        loose, whole = np.zeros((2, len(source)), np.bool_)
         rows = zip(blocks.tolist(), source.tolist(), target.tolist(), lengths.tolist())
         for i, (block, begin, to, length) in enumerate(rows):
-            if block in loose:
+            if (data := self._loose.get(block)) is not None:
                 begin %= self._block_bytes
-                view[to : to + length] = loose[block][begin : begin + length]
-            elif begin >= 0:
+                view[to : to + length] = data[begin : begin + length]
+                loose[i] = True
+            else:
                 whole[i] = preadv(handle, [view[to : to + length]], begin) == length
-        return whole
+        return loose, whole
 
     def _wait_for(self, blocks: Array, *, outside: bool) -> None:
         """Until every block is in the cache as far as this process can see, or loose. `outside`: others push out of the
@@ -269,13 +274,13 @@ class RemoteReader:
     def _unchecked(self, blocks: Array) -> list[int]:
         """Check blocks that others wrote, when first used here; those that differ are to be fetched again."""
         wrong = []
-        for block in blocks[~self._checked[blocks] & (self._slot[blocks] >= 0)].tolist():
+        for block in blocks[~self._checked[blocks] & (self._generation[blocks] > 0)].tolist():
             known, number = self._where(block)
             row = Row("ready", int(self._slot[block]), int(self._generation[block]))
             if self._cache.verify(row, known.file, number):
                 self._checked[block] = True
             else:
-                self._slot[block] = -1
+                self._generation[block] = 0
                 wrong.append(block)
         return wrong
 
