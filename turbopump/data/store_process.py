@@ -32,7 +32,15 @@ from turbopump.data.processes import become_helper
 
 LENGTH = struct.Struct("<I")
 _LONGEST_DELAY_S = 10.0
-_THROTTLED = ("503", "429", "SlowDown", "Slow Down", "TooManyRequests", "Too Many Requests", "RequestLimitExceeded")
+_THROTTLED = (
+    "status code: 503",
+    "status code: 429",
+    "SlowDown",
+    "Slow Down",
+    "TooManyRequests",
+    "Too Many Requests",
+    "RequestLimitExceeded",
+)
 _FINAL = (
     FileNotFoundError,
     exceptions.NotFoundError,

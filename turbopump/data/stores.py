@@ -288,7 +288,7 @@ def _refused(url: str, request: tuple[Any, ...], tries: int, error: str, final: 
     times = f"after {tries} tries" if tries > 1 else "at once"
     todo = (
         "check the address, the permissions and the credentials (anonymous = true for public buckets)"
-        if final or any(word in error for word in ("403", "401", "credential"))
+        if final or any(word in error for word in ("status code: 40", "credential"))
         else "the server is not well or the network is not: try again later, or give more time (limits.retry_s)"
     )
     return RemoteError(f"{what}: given up {times}: {error}. What to do: {todo}")
