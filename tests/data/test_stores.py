@@ -146,9 +146,9 @@ def test_a_real_s3_server(monkeypatch):
         for name, value in (("ACCESS_KEY_ID", "k"), ("SECRET_ACCESS_KEY", "s"), ("REGION", "us-east-1")):
             monkeypatch.setenv(f"AWS_{name}", value)
         monkeypatch.setenv("AWS_ENDPOINT_URL", url)
-        urlopen(Request(f"{url}/bucket", b"", method="PUT"), timeout=20).close()
-        for i in range(3):
-            urlopen(Request(f"{url}/bucket/set/{i}.bin", DATA[i:], method="PUT"), timeout=20).close()
+        kind = {"Content-Type": "application/octet-stream"}  # else it is taken for a form
+        for path, body in [("", b""), *((f"/set/{i}.bin", DATA[i:]) for i in range(3))]:
+            urlopen(Request(f"{url}/bucket{path}", body, kind, method="PUT"), timeout=20).close()
         store = open_store("s3://bucket/set", limits=LIMITS)  # credentials and address from the environment
         assert store.list() == [(f"{i}.bin", len(DATA) - i) for i in range(3)]
         assert store.get("1.bin") == DATA[1:] and store.size("2.bin") == len(DATA) - 2
