@@ -143,7 +143,7 @@ def test_faults_that_stay_are_an_error_and_end_with_it(reader, server):
 
 
 def test_a_wrong_bit_that_the_caller_finds_is_fetched_again(reader, server):
-    ranges = np.zeros(1, np.int32), np.zeros(1, np.int64), np.array([1000 + BLOCK])
+    ranges = np.zeros(1, np.int32), np.zeros(1, np.int64), np.array([2 * BLOCK])
     server.fail("flipped")
     assert not is_right(reader.read(*ranges), *ranges)
     assert is_right(reader.refetch(*ranges), *ranges)
