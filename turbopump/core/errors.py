@@ -73,6 +73,14 @@ class CorruptDataError(DatasetError):
     """Stored bytes differ from their checksum; names file, block or row."""
 
 
+class RemoteError(DatasetError):
+    """An object store did not give what was asked; names the object, the range, the answer and the number of tries."""
+
+
+class CacheError(DatasetError):
+    """The local cache of a remote dataset cannot be made or used; names its directory."""
+
+
 class SampleError(DatasetError):
     """A sample cannot be read or transformed; names dataset and index."""
 
