@@ -50,7 +50,7 @@ def flip(file: Path, place: int) -> None:
 
 @pytest.mark.parametrize("workers", [0, pytest.param(2, marks=pytest.mark.slow)])
 def test_a_corrupt_shard_is_named_with_its_block(place: Path, cli, workers: int) -> None:
-    flip(place / "datasets" / "text" / "train-00000.arrow", 1000)
+    flip(place / "datasets" / "text" / "train-00000.arrow", 4096 + 1000)  # the values begin on a page
     for arguments in (["train", "lm.toml", "name=n", f"loader.num_workers={workers}"],
                       ["inspect", "datasets/text", "--verify"]):  # fmt: skip
         said = cli(*arguments)

@@ -13,6 +13,7 @@ import torch
 from turbopump.core import plugins
 from turbopump.core.errors import UsageError
 from turbopump.data.loader import Loader
+from turbopump.data.mixture import TokensPart
 from turbopump.data.sources import ArraysConfig, TokensConfig
 from turbopump.data.tones import TonesConfig
 from turbopump.pack import pack
@@ -38,6 +39,8 @@ def packed(tmp_path_factory):
 
 def data_config(name: str, packed, settings: dict[str, Any]) -> Any:
     cls = plugins.find("turbopump.sources", name).config
+    if name == "mixture":
+        return cls(parts=(TokensPart(path=str(packed / "tokens"), seq_len=16, weight=1.0),) * 2)
     path = {"path": str(packed / name)} if "path" in {f.name for f in dataclasses.fields(cls)} else {}
     return cls(**path, **settings)
 

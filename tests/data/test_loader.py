@@ -410,7 +410,7 @@ def test_threads_are_refused_to_a_source_that_draws_random_numbers():
 
 
 class Reversed:
-    def __init__(self, *, global_batch=4, order="shuffle", seed=0):
+    def __init__(self, global_batch=4, **settings):
         assert global_batch == 4
 
     def step_ids(self, step):

@@ -14,8 +14,8 @@ from functools import cache
 from typing import Any, Protocol
 
 import numpy as np
-import xxhash
 
+from turbopump.core.files import digest
 from turbopump.data import native
 
 OK, UNMAPPED, OUT_OF_RANGE, MISMATCH, CUT_SHORT, TOO_SMALL, BAD_OFFSETS = range(7)
@@ -162,7 +162,7 @@ class Compiled:
 
 
 class Reference:
-    """The same in NumPy and xxhash: what gather.cpp is tested against, and what reads where it cannot be compiled."""
+    """The same in NumPy: what gather.cpp is tested against, and what reads where it cannot be compiled."""
 
     def rows(self, store: Store, index: Array, row_bytes: int, ask: bool, out: Array, result: Result) -> None:
         spans = _find(store, index, 1, result)
@@ -247,7 +247,7 @@ class Reference:
     def sums(self, data: Array, block_bytes: int) -> Array:
         view = data.data
         return np.array(
-            [xxhash.xxh3_64_intdigest(view[at : at + block_bytes]) for at in range(0, len(data), block_bytes)],
+            [int(digest(view[at : at + block_bytes]), 16) for at in range(0, len(data), block_bytes)],
             np.uint64,
         )
 
@@ -292,7 +292,7 @@ def _check(store: Store, place: int, shard: int, begin: int, end: int, result: R
         if known[word] & bit:
             continue
         data = memory[block * store.block_bytes : (block + 1) * store.block_bytes]
-        if xxhash.xxh3_64_intdigest(data.data) != sums[block]:
+        if int(digest(data.data), 16) != sums[block]:
             _set(result, MISMATCH, place, shard, block)
             return False
         known[word] |= bit
