@@ -2,12 +2,14 @@
 
 import pickle
 import sys
+import wave
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from turbopump.core import plugins
-from turbopump.core.errors import DatasetError, MissingDependencyError, UsageError
+from turbopump.core.errors import DatasetError, MissingDependencyError, SampleError, UsageError
 from turbopump.data.digits import DigitsConfig
 from turbopump.data.manifest import Field
 from turbopump.data.sources import ARRAYS, DIGITS, TOKENS, TONES, ArraysConfig, TokensConfig
@@ -136,3 +138,36 @@ def test_recipes_find_the_kinds():
     assert {"tokens", "digits", "tones", "arrays"} <= set(plugins.names("turbopump.sources"))
     assert plugins.find("turbopump.sources", "tones").config is TonesConfig
     assert TonesConfig(min_labels=9).problems()
+
+
+def test_images_and_audio_are_decoded_where_they_are_read(tmp_path):
+    rng = np.random.default_rng(0)
+    pixels = [rng.integers(0, 256, (4, 5 + i // 4, 3), np.uint8) for i in range(8)]
+    folder = tmp_path / "photos"
+    for i, image in enumerate(pixels):
+        place = folder / ("cat" if i % 2 else "dog")
+        place.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(image).save(place / f"{i}.png")
+    manifest = pack(folder, tmp_path / "d", validation=0)
+    assert [(item.name, item.media) for item in manifest.fields] == [("image", "image"), ("label", "")]
+    assert dict(manifest.labels) == {"label": ("cat", "dog")}
+    source = ARRAYS.open(ArraysConfig(path=str(tmp_path / "d")), "train")
+    order = [1, 3, 5, 7, 0, 2, 4, 6]  # by folder, then by name
+    images, labels = source.__getitems__(range(8))
+    assert all(np.array_equal(image, pixels[i]) for image, i in zip(images, order, strict=True))
+    assert labels.tolist() == [0, 0, 0, 0, 1, 1, 1, 1] and source.__getitems__([0, 1])[0].shape == (2, 4, 5, 3)
+    raw = ARRAYS.open(ArraysConfig(path=str(tmp_path / "d"), decode=False), "train")
+    assert raw[0][0] == (folder / "cat" / "1.png").read_bytes()
+
+    with wave.open(str(tmp_path / "a.wav"), "wb") as file:
+        file.setparams((1, 2, 8000, 0, "NONE", ""))
+        file.writeframes(np.arange(100, dtype="<i2").tobytes())
+    (tmp_path / "sounds").mkdir()
+    (tmp_path / "a.wav").rename(tmp_path / "sounds" / "a.wav")
+    (tmp_path / "sounds" / "b.wav").write_bytes(b"RIFF broken")
+    pack(tmp_path / "sounds", tmp_path / "s", validation=0)
+    sounds = ARRAYS.open(ArraysConfig(path=str(tmp_path / "s")), "train")
+    (samples, rates), *_ = (sounds.__getitems__([0]),)
+    assert samples.shape == (1, 100, 1) and rates.tolist() == [8000]
+    with pytest.raises(SampleError, match=r"'audio' of arrays .*, row 1 of .*train-00000.arrow"):
+        sounds.__getitems__([0, 1])

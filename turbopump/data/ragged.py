@@ -19,7 +19,8 @@ RaggedKind = Literal["ragged", "bytes", "text"]
 class Ragged:
     """`values` [total, *shape] and `offsets` int64 [rows + 1] from 0 on; bytes and UTF-8 text are uint8 [total].
 
-    Indexing gives one row: an array, `bytes` or `str` by `kind`.
+    Indexing gives one row: an array, `bytes` or `str` by `kind`. A batch of the loader holds tensors instead of arrays
+    where `kind` is "ragged": what `torch.nested.nested_tensor_from_jagged(values, offsets)` takes.
     """
 
     values: np.ndarray
@@ -32,7 +33,7 @@ class Ragged:
     @property
     def lengths(self) -> np.ndarray:
         """Length of each row, int64 [rows]."""
-        return np.diff(self.offsets)
+        return self.offsets[1:] - self.offsets[:-1]
 
     def __getitem__(self, row: int) -> Any:
         if not -len(self) <= row < len(self):

@@ -27,13 +27,14 @@ from typing import Any, Literal, Protocol
 import numpy as np
 
 from turbopump.core.config import PositiveInt, setting
-from turbopump.core.errors import DatasetError, UsageError
+from turbopump.core.errors import DatasetError, SampleError, UsageError
 from turbopump.core.plugins import SourceKind
-from turbopump.data import text
+from turbopump.data import media, text
 from turbopump.data.aligned import aligned_empty
 from turbopump.data.digits import DigitsConfig, open_digits
 from turbopump.data.format import Dataset, Reading, concatenated, open_dataset
-from turbopump.data.manifest import read_manifest
+from turbopump.data.manifest import Field, read_manifest
+from turbopump.data.ragged import Ragged
 from turbopump.data.tones import TonesConfig, TonesSource, tones_shape
 
 
@@ -171,16 +172,17 @@ class ArraysConfig:
     kind: Literal["arrays"] = setting("arrays", "rows of packed arrays")
     path: str = setting(doc="the dataset directory that `turbopump pack` wrote")
     reading: Reading = setting("auto", _READING)
+    decode: bool = setting(True, "decode images and audio; else their encoded bytes are the sample")
 
 
 class ArraysSource:
     """Sample i is row i of each field, in the order they were packed: a tuple, or the value where there is one.
 
-    A batch holds arrays, and `Ragged` for fields whose rows differ in length.
+    A batch holds arrays, and `Ragged` for fields whose rows differ in length. A decoded image is uint8 [H, W, C],
+    decoded audio a pair: float32 [T, channels] and its rate in Hz. Those of one shape are stacked, others stay a list.
     """
 
     randomness = "none"
-    releases_gil = True
 
     def __init__(self, config: ArraysConfig, split: str) -> None:
         self._config, self._split = config, split
@@ -189,18 +191,37 @@ class ArraysSource:
         self.digest = self._dataset.manifest.digest
         self._data = self._dataset.data(split)
         self.fields = self._dataset.manifest.fields
+        self._decoded = [i for i, item in enumerate(self.fields) if item.media and config.decode]
+        self.releases_gil = not self._decoded
 
     def __len__(self) -> int:
         return len(self._data)
 
     def __getitem__(self, index: int) -> Any:
-        batch = self.__getitems__([index])
-        return tuple(column[0] for column in batch) if isinstance(batch, tuple) else batch[0]
+        return _first(self.__getitems__([index]))
 
     def __getitems__(self, indices: Sequence[int] | np.ndarray, out: tuple[Any, ...] | None = None) -> Any:
         """The rows `indices` of each field, [B, *shape] in its own dtype."""
         batch = self._data.batch(indices, out)
+        if self._decoded:
+            batch = tuple(
+                self._decode(self.fields[i], column, indices) if i in self._decoded else column
+                for i, column in enumerate(batch)
+            )
         return batch if len(batch) > 1 else batch[0]
+
+    def _decode(self, item: Field, column: Ragged, indices: Sequence[int] | np.ndarray) -> Any:
+        """The images or sounds of a column; raises `SampleError` naming the row of one that is damaged."""
+        found = []
+        for place, data in enumerate(column):
+            try:
+                found.append(media.decode_image(data) if item.media == "image" else media.decode_audio(data))
+            except SampleError as error:
+                index = int(indices[place])
+                raise SampleError(f"{item.name!r} of {self.name}, {self.locate(index)}: {error}") from error
+        if item.media == "image":
+            return _stacked(found)
+        return _stacked([sound for sound, _ in found]), np.array([rate for _, rate in found])
 
     def batch_buffers(self, rows: int) -> tuple[Any, ...]:
         """Memory for `__getitems__(indices, out=...)` of up to `rows` rows."""
@@ -236,6 +257,15 @@ class ArraysSource:
 
     def __reduce__(self) -> tuple[Any, ...]:
         return ArraysSource, (self._config, self._split)
+
+
+def _first(batch: Any) -> Any:
+    """The first sample of a batch of columns, of which audio is a pair."""
+    return tuple(map(_first, batch)) if isinstance(batch, tuple) else batch[0]
+
+
+def _stacked(arrays: list[np.ndarray]) -> np.ndarray | list[np.ndarray]:
+    return np.stack(arrays) if len({array.shape for array in arrays}) == 1 else arrays
 
 
 def _open_kind(path: str, kind: str, reading: Reading = "auto") -> Dataset:

@@ -19,6 +19,7 @@ from torch.utils.data import default_collate
 
 from turbopump.core.errors import SampleError, TurbopumpError, UsageError
 from turbopump.data.order import sample_key
+from turbopump.data.ragged import Ragged
 
 Randomness = Literal["auto", "none", "seeded"]
 
@@ -206,12 +207,16 @@ def tensor_bytes(value: Any) -> int:
     """Bytes of all tensors in `value`."""
     if isinstance(value, torch.Tensor):
         return value.nbytes
+    if isinstance(value, Ragged):
+        return int(value.values.nbytes + value.offsets.nbytes)
     if isinstance(value, Mapping):
         return sum(map(tensor_bytes, value.values()))
     return sum(map(tensor_bytes, value)) if isinstance(value, (tuple, list)) else 0
 
 
 def _mapped(function: Any, value: Any) -> Any:
+    if isinstance(value, Ragged):
+        return value if value.kind != "ragged" else Ragged(function(value.values), function(value.offsets))
     if isinstance(value, Mapping):
         return {key: function(item) for key, item in value.items()}
     if isinstance(value, tuple) and hasattr(value, "_fields"):

@@ -18,6 +18,7 @@ from turbopump.comms import process_group
 from turbopump.comms.data_parallel import GradientSync
 from turbopump.core.randomness import seed_of
 from turbopump.core.spans import span
+from turbopump.data.ragged import Ragged
 
 Loss = Callable[[nn.Module, Any], Tensor]
 Weight = Callable[[Any], int]
@@ -108,6 +109,8 @@ def to_device(batch: Any, device: torch.device) -> Any:
     """The batch with its tensors on `device`, copied without waiting."""
     if isinstance(batch, Tensor):
         return batch if batch.device == device else batch.to(device, non_blocking=True)
+    if isinstance(batch, Ragged) and batch.kind == "ragged":
+        return Ragged(to_device(batch.values, device), to_device(batch.offsets, device))
     if isinstance(batch, dict):
         return {key: to_device(value, device) for key, value in batch.items()}
     if isinstance(batch, tuple) and hasattr(batch, "_fields"):
