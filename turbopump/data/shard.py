@@ -57,6 +57,32 @@ def write_shard(
     return entry, all_sums
 
 
+def not_as_described(file: Path, shard: ShardEntry, fields: Sequence[Field]) -> list[str]:
+    """What any Arrow tool would see in a shard that differs from its entry and the fields."""
+    import pyarrow as pa
+
+    try:
+        with pa.memory_map(str(file)) as source:
+            reader = pa.ipc.open_file(source)
+            rows, found = reader.get_batch(0).num_rows, reader.schema
+    except (pa.ArrowException, OSError) as error:
+        return [f"{file} is no Arrow file: {error}"]
+    described = dict(found.metadata or {})
+    told = {name.encode(): value.encode() for name, value in _metadata(fields, 0).items()}
+    told[b"padding"] = described.get(b"padding", b"")
+    if described != told or not found.equals(pa.schema([_arrow_field(field) for field in fields])):
+        return [f"{file}: its schema differs from the fields in manifest.json"]
+    return [] if rows == shard.rows else [f"{file}: {rows} rows where {shard.rows} are expected"]
+
+
+def _arrow_field(field: Field) -> Any:
+    import pyarrow as pa
+
+    empty = np.empty((0, *field.shape), field.dtype)
+    column = empty if field.fixed else Ragged(empty, np.zeros(1, np.int64), field.kind)  # type: ignore[arg-type]
+    return pa.field(field.name, _arrow(field, column).type, nullable=False)
+
+
 def _parts(column: Column) -> list[np.ndarray]:
     """The bytes of a column's buffers, as they are stored."""
     arrays = [column] if isinstance(column, np.ndarray) else [column.offsets, column.values]
