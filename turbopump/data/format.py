@@ -133,9 +133,7 @@ def _problems(dataset: Dataset, data: SplitData, number: int) -> list[str]:
     return problems or not_as_described(file, shard, dataset.manifest.fields)
 
 
-def _bad_blocks(
-    file: Path, shard: ShardEntry, data: SplitData, number: int, block_bytes: int
-) -> tuple[list[str], str]:
+def _bad_blocks(file: Path, shard: ShardEntry, data: SplitData, number: int, block_bytes: int) -> tuple[list[str], str]:
     """Blocks that differ from their checksum, and the digest of the file, in one pass over it.
 
     It is read, not mapped: a map that is cut short meanwhile would end the process, and one of a cold file is read a

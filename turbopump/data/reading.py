@@ -235,9 +235,7 @@ class SplitData:
         assert expected is not None  # just added
         bad = np.flatnonzero(sums != expected[first : first + len(sums)])
         field = max(i for i, number in self._first.items() if number <= buffer)
-        return [
-            self._problem(field, Result(gather.MISMATCH, 0, shard, first + block), None) for block in bad.tolist()
-        ]
+        return [self._problem(field, Result(gather.MISMATCH, 0, shard, first + block), None) for block in bad.tolist()]
 
     def locate(self, row: int) -> str:
         """Where a row is stored, for errors: the file and the row in it."""
@@ -318,7 +316,9 @@ class SplitData:
 def require_room(given_bytes: int, needed_bytes: int) -> None:
     """Compiled code writes where it is told to; raises `UsageError` where that would be past the end."""
     if given_bytes < needed_bytes:
-        raise UsageError(f"the memory given has {given_bytes} bytes, this batch needs {needed_bytes}: ask for fewer rows")
+        raise UsageError(
+            f"the memory given has {given_bytes} bytes, this batch needs {needed_bytes}: ask for fewer rows"
+        )
 
 
 def widening_of(item: Field, wide: bool) -> int:
