@@ -316,7 +316,7 @@ class Staging:
                     sizes.update(split.document_sizes)
                     for shard in split.shards:
                         file = f"{name}-{len(shards):05d}.arrow"
-                        os.replace(self.directory / shard.file, self.directory / file)
+                        _second_name(self.directory / shard.file, self.directory / file)
                         shards.append(_renamed(shard, file))
                 sums.flush()
                 os.fsync(sums.fileno())
@@ -481,6 +481,16 @@ def _is_at(handle: int, path: Path) -> bool:
         return os.path.samestat(os.fstat(handle), path.stat())
     except FileNotFoundError:
         return False
+
+
+def _second_name(file: Path, name: Path) -> None:
+    """Give a file another name beside its own, so that a commit that is killed leaves the parts as they were; it is
+    renamed where the file system has no links."""
+    name.unlink(missing_ok=True)  # of a commit that was killed
+    try:
+        os.link(file, name)
+    except OSError:
+        os.replace(file, name)
 
 
 _libc = ctypes.CDLL(None, use_errno=True)
