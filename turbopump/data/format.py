@@ -24,7 +24,7 @@ from turbopump.hardware.detect import available_bytes
 Reading = Literal["auto", "mapped", "direct"]
 DIRECT_FROM_SHARE = 0.6  # of available memory: larger datasets would only push each other's pages out
 BATCHES_AHEAD = 8  # that may be prefetched from one split
-VERIFIED_AT_ONCE = 1 << 18  # bytes: hashed once for the file and once by block while they are in the cache
+VERIFIED_AT_ONCE = 1 << 19  # bytes: hashed once for the file and once by block while they are in the cache
 
 
 class Dataset:
