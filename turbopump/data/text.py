@@ -220,4 +220,9 @@ def load_tokenizer(path: Path, manifest: Manifest) -> Tokenizer | None:
         raise CorruptDataError(f"{file} is missing or unreadable: {error.strerror}") from error
     if digest(data) != entry.digest:
         raise CorruptDataError(f"{file} differs from the digest in the manifest: restore it or pack the dataset again")
-    return from_data(entry.kind, data)
+    try:
+        return from_data(entry.kind, data)
+    except UsageError:
+        raise
+    except Exception as error:  # the library's own have no other type
+        raise CorruptDataError(f"{file} is no tokenizer ({error}): pack the dataset again") from error

@@ -256,17 +256,16 @@ class Staging:
             entry.unlink()
 
     def _sealed(self) -> Iterable[PartEntry]:
-        """Parts that are whole: sealed, and all their files there in their size."""
+        """Parts that are whole: sealed, and all their files there as they were written."""
         for file in sorted(self.directory.glob("part-*.json")):
             try:
                 data, _, seal = file.read_bytes().rpartition(b"\n")
                 if digest(data).encode() != seal:
                     continue
                 entry = from_json_as(data, PartEntry)
-                sizes = [
-                    (self.directory / s.file).stat().st_size == s.bytes for p in entry.splits.values() for s in p.shards
-                ]
-                whole = all(sizes) and digest_file(self.directory / _sums_file(entry.part)) == entry.sums_xxh3
+                files = {s.file: s.xxh3 for split in entry.splits.values() for s in split.shards}
+                files[_sums_file(entry.part)] = entry.sums_xxh3
+                whole = all(digest_file(self.directory / name) == xxh3 for name, xxh3 in files.items())
             except (OSError, ValueError):
                 whole = False
             if whole:
