@@ -25,6 +25,7 @@ import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -150,7 +151,7 @@ class Bench:
         """The outcome of one mutation; the files are as before afterwards."""
         chance = random.Random(f"{seed}/{number}")
         path = chance.choices([self.rows, self.tokens, self._partial], [6, 4, 1])[0]
-        files = dict(self._good[path])
+        files: dict[str, bytes | None] = {**self._good[path]}
         made_to_fit = False
         for _ in range(chance.choice([1, 1, 1, 2])):
             made_to_fit |= _mutate(chance, files)
@@ -169,7 +170,7 @@ class Bench:
     def _examine(self, path: Path, chance: random.Random, made_to_fit: bool, changed: bool) -> str:
         outcomes = set()
         for reading in ("compiled", "reference", "direct")[: 3 if chance.random() < 0.1 else 2]:
-            outcomes.add(self._outcome(path, lambda reading=reading: _read_all(path, _open(path, reading))))
+            outcomes.add(self._outcome(path, partial(_read, path, reading)))
         verified = self._outcome(path, lambda: verify_dataset(path) and self._read[path])
         if chance.random() < 0.2:
             with suppress(TurbopumpError):
@@ -210,7 +211,7 @@ class Bench:
                 (path / name).write_bytes(self._good[path][name])
 
 
-# ---- good datasets -----------------------------------------------------------------------------------------------------
+# ---- good datasets ---------------------------------------------------------------------------------------------------
 
 
 def _row_columns() -> list[Any]:
@@ -252,22 +253,19 @@ def _make_tokens(path: Path, texts: list[str]) -> None:
         )  # fmt: skip
 
 
-# ---- reading -----------------------------------------------------------------------------------------------------------
+# ---- reading ---------------------------------------------------------------------------------------------------------
 
 
 def _open(path: Path, reading: str = "compiled") -> Dataset:
-    return (
-        open_dataset(path, "direct" if reading == "direct" else "mapped")
-        if reading != "reference"
-        else _by_python(path)
-    )
-
-
-def _by_python(path: Path) -> Dataset:
-    dataset = open_dataset(path, "mapped")
-    for split in dataset.manifest.splits:
-        dataset.data(split)._kernels = Reference()
+    dataset = open_dataset(path, "direct" if reading == "direct" else "mapped")
+    if reading == "reference":
+        for split in dataset.manifest.splits:
+            dataset.data(split)._kernels = Reference()
     return dataset
+
+
+def _read(path: Path, reading: str) -> dict[str, list[bytes]]:
+    return _read_all(path, _open(path, reading))
 
 
 def _read_all(path: Path, dataset: Dataset) -> dict[str, list[bytes]]:
@@ -310,7 +308,7 @@ def _contents(path: Path) -> dict[str, bytes]:
     return {file.name: file.read_bytes() for file in sorted(path.iterdir()) if file.is_file()}
 
 
-# ---- mutations ---------------------------------------------------------------------------------------------------------
+# ---- mutations -------------------------------------------------------------------------------------------------------
 
 
 def _mutate(chance: random.Random, files: dict[str, bytes | None]) -> bool:
@@ -430,7 +428,7 @@ def main() -> None:
     options = parser.parse_args()
     warnings.simplefilter("error", RuntimeWarning)  # an overflow is a failure, too
     begin = time.monotonic()
-    counts = fuzz(2000 if options.quick else 40_000, options.seed)
+    counts = fuzz(2000 if options.quick else 100_000, options.seed)
     for outcome, count in counts.items():
         print(f"{count:8d}  {outcome}")
     print(f"{sum(counts.values())} mutations in {time.monotonic() - begin:.0f} s")

@@ -1,10 +1,10 @@
 """How fast `verify` checks a dataset, over a plain read of the same bytes from memory.
 
 `python -m benchmarks.data_verify [--quick]` prints the figures; `measure_verify` gives the ratio to the benchmark
-`data`, whose target is `data.verify_rate`. Both work on the same shards, held in the page cache, in turns: verify_dataset
-as the user calls it, and the sum over all bytes of the files as 64-bit numbers, by NumPy. Shards lie in memory
-(/dev/shm) where there is such a place, so that no disk takes part. The plain read maps the files each time, as any
-process that opens them must; the sum over maps whose pages it has touched before is shown beside it.
+`data`, whose target is `data.verify_rate`. Both work on the same shards in turns: verify_dataset as it stands, and the
+sum over all bytes of the files as 64-bit numbers, by NumPy. Shards lie in memory (/dev/shm) where there is such a place,
+so that no disk takes part. The plain read maps the files each time, as any process that opens them must; the sum over
+maps whose pages it has touched before is shown beside it.
 """
 
 from __future__ import annotations
@@ -95,8 +95,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.data_verify")
     parser.add_argument("--quick", action="store_true", help="fewer bytes and blocks")
     found = measure_verify(parser.parse_args().quick)
-    print(f"{found.num_bytes / 1e6:.0f} MB; GB/s of CPU time: verify {found.verify_bytes_per_s / 1e9:.2f}, "
-          f"plain read {found.read_bytes_per_s / 1e9:.2f}, of touched maps {found.touched_bytes_per_s / 1e9:.2f}")  # fmt: skip
+    print(f"{found.num_bytes / 1e6:.0f} MB")
+    print(f"verify {found.verify_bytes_per_s / 1e9:.2f} GB/s of CPU time")
+    print(f"plain read {found.read_bytes_per_s / 1e9:.2f} GB/s")
+    print(f"plain read of touched maps {found.touched_bytes_per_s / 1e9:.2f} GB/s")
     print(f"ratio {found.ratio.value:.3f} [{found.ratio.low:.3f}, {found.ratio.high:.3f}], {found.ratio.runs} blocks")
 
 

@@ -57,6 +57,10 @@ def test_a_failure_is_counted_and_the_rest_is_done(monkeypatch, end):
     counts = fuzz(12 if end != "blind" else 60, processes=1)
     failures = {outcome: count for outcome, count in counts.items() if outcome not in EXPECTED}
     assert sum(counts.values()) == (12 if end != "blind" else 60)
-    named = {"crash": "crash (exit -9) in mutation", "hang": "hang in mutation", "untyped": "untyped ZeroDivisionError at",
-             "blind": "damage that verify did not see"}[end]  # fmt: skip
+    named = {
+        "crash": "crash (exit -9) in mutation",
+        "hang": "hang in mutation",
+        "untyped": "untyped ZeroDivisionError at",
+        "blind": "damage that verify did not see",
+    }[end]
     assert failures and all(outcome.startswith(named) for outcome in failures)

@@ -5,6 +5,7 @@ import subprocess
 import sys
 import textwrap
 import threading
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -94,7 +95,7 @@ def test_windows_over_shards(compiled, rows, dtype, wide, seed, items, wrong):
     random = np.random.default_rng(seed)
     values = random.integers(0, 256, sum(rows) * np.dtype(dtype).itemsize, dtype=np.uint8).view(dtype)
     bounds = offsets_of(rows)
-    parts = [values[a:b].view(np.uint8) for a, b in zip(bounds[:-1], bounds[1:])]
+    parts = [values[a:b].view(np.uint8) for a, b in pairwise(bounds)]
     fits = sum(rows) >= items
     start = random.integers(0, max(sum(rows) - items, 0) + 1, 20)
     start = np.append(start, np.array(wrong, np.int64))
@@ -175,7 +176,7 @@ def test_a_flipped_bit_names_its_block_and_what_is_good_stays_readable(compiled,
     out = np.zeros((600, 3), np.uint8)
     found = both(compiled, make, lambda k, s, o, r: k.rows(s, index, 3, False, o, r), out)
     assert agree(found) == gather.MISMATCH
-    status, place, bad_shard, block = found[0][0]
+    _, place, bad_shard, block = found[0][0]
     assert (bad_shard, block) == (shard, byte // BLOCK_BYTES) and index[place] // 200 == shard
     begin, end = index[place] % 200 * 3, index[place] % 200 * 3 + 3
     assert begin // BLOCK_BYTES <= block <= (end - 1) // BLOCK_BYTES

@@ -349,7 +349,7 @@ def test_truncated_missing_and_replaced_shards(tmp_path, reading):
         open_dataset(tmp_path / "d")
 
 
-# ---- shapes of datasets ------------------------------------------------------------------------------------------------
+# ---- shapes of datasets ----------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("reading", READINGS)
@@ -416,7 +416,7 @@ def test_a_first_batch_over_many_shards_is_copied_once(tmp_path, monkeypatch):
     assert len(calls) == 2  # finds shards that are not mapped; then all are
 
 
-# ---- processes ---------------------------------------------------------------------------------------------------------
+# ---- processes -------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("reading", ["mapped", "direct"])

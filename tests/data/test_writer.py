@@ -8,6 +8,8 @@ import subprocess
 import sys
 import textwrap
 import time
+from contextlib import suppress
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -174,7 +176,7 @@ def test_a_failed_overwrite_leaves_the_old_dataset(tmp_path):
     assert all_bytes(tmp_path / "d") == before and os.listdir(tmp_path) == ["d"]
 
 
-# ---- packs that are killed ---------------------------------------------------------------------------------------------
+# ---- packs that are killed -------------------------------------------------------------------------------------------
 
 PACK = textwrap.dedent("""
     import sys
@@ -257,7 +259,8 @@ def test_packs_killed_at_any_moment_go_on_to_the_same_bytes(texts, whole, tmp_pa
         ):
             time.sleep(0.0005)
         time.sleep(moments.uniform(0, 0.01))
-        with_suppressed_kill(process)
+        with suppress(ProcessLookupError):
+            os.kill(process.pid, signal.SIGKILL)
         process.communicate(timeout=20)
         wait_for_group(process.pid)
         if not place.exists():
@@ -274,20 +277,13 @@ def test_packs_killed_at_any_moment_go_on_to_the_same_bytes(texts, whole, tmp_pa
     assert resumed >= 4
 
 
-def with_suppressed_kill(process):
-    try:
-        os.kill(process.pid, signal.SIGKILL)
-    except ProcessLookupError:
-        pass
-
-
 def test_a_killed_worker_is_named_and_what_was_finished_stays(texts, whole, tmp_path):
     process = start(texts, tmp_path / "d")
     staging = tmp_path / ".d.partial"
     while process.poll() is None and len(list(staging.glob("part-*.json"))) < 4:
         time.sleep(0.002)
-    children = [int(pid) for pid in open(f"/proc/{process.pid}/task/{process.pid}/children").read().split()]
-    os.kill(children[0], signal.SIGKILL)
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    os.kill(int(children[0]), signal.SIGKILL)
     _, errors = process.communicate(timeout=30)
     assert process.returncode == 1 and "DatasetError: a packing process was killed" in errors
     assert len(sealed(staging)) >= 4

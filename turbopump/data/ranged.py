@@ -164,7 +164,8 @@ class RangedSplit(SplitData):
             raise IndexError(f"a window of {items} reaches past the {len(self)} rows of split {self._split!r}")
         shard = np.searchsorted(self.bounds, start, "right") - 1
         place, todo = np.arange(len(start)) * items, np.full(len(start), items)
-        row, found = start - self.bounds[shard], []
+        row = start - self.bounds[shard]
+        found: list[tuple[np.ndarray, ...]] = []
         while len(shard) or not found:
             count = np.minimum(todo, self.bounds[shard + 1] - self.bounds[shard] - row)
             found.append((shard, row, row + count, place))

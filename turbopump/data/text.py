@@ -224,5 +224,7 @@ def load_tokenizer(path: Path, manifest: Manifest) -> Tokenizer | None:
         return from_data(entry.kind, data)
     except UsageError:
         raise
-    except Exception as error:  # the library's own have no other type
+    except BaseException as error:  # the library's own have no other type; its panics are not even an `Exception`
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+            raise
         raise CorruptDataError(f"{file} is no tokenizer ({error}): pack the dataset again") from error
