@@ -2,9 +2,9 @@
 
 `python -m benchmarks.data_verify [--quick]` prints the figures; `measure_verify` gives the ratio to the benchmark
 `data`, whose target is `data.verify_rate`. Both work on the same shards in turns: verify_dataset as it stands, and the
-sum over all bytes of the files as 64-bit numbers, by NumPy. Shards lie in memory (/dev/shm) where there is such a place,
-so that no disk takes part. The plain read maps the files each time, as any process that opens them must; the sum over
-maps whose pages it has touched before is shown beside it.
+sum over all bytes of the files as 64-bit numbers, by NumPy. Shards lie in memory (/dev/shm) where there is such a
+place, so that no disk takes part. The plain read maps the files each time, as any process that opens them must; the
+sum over maps whose pages it has touched before is shown beside it.
 """
 
 from __future__ import annotations

@@ -229,9 +229,12 @@ def _check(manifest: Manifest) -> None:
     if manifest.tokenizer is not None:
         check_file_name(manifest.tokenizer.file)
     if manifest.kind == "tokens" and (
-        len(names) != 1 or manifest.fields[0].kind != "array" or manifest.fields[0].shape
+        len(names) != 1
+        or manifest.fields[0].kind != "array"
+        or manifest.fields[0].shape
+        or not manifest.fields[0].dtype.startswith("uint")
     ):
-        raise ValueError(f"a dataset of tokens has one field of numbers, not {names}")
+        raise ValueError(f"a dataset of tokens has one field of unsigned numbers, not {manifest.fields}")
     for name, split in manifest.splits.items():
         check_file_name(name)
         for shard in split.shards:
