@@ -66,15 +66,23 @@ template <typename From, typename To> void widen(uint8_t* to, const uint8_t* fro
     }
 }
 
-// Copies `items` numbers and makes int64 of them where `wide` is 1. Returns bytes written.
+enum Wide : int64_t { kAsStored, kFromUnsigned, kFromSigned };
+
+// Copies `items` numbers, and makes int64 of them where `wide` says of what. Returns bytes written.
 int64_t copy_items(uint8_t* to, const uint8_t* from, int64_t items, int64_t item_bytes, int64_t wide) {
-    if (!wide || item_bytes == 8) {
+    if (wide == kAsStored || item_bytes == 8) {
         copy(to, from, items * item_bytes);
         return items * item_bytes;
     }
-    if (item_bytes == 1) widen<uint8_t, int64_t>(to, from, items);
-    if (item_bytes == 2) widen<uint16_t, int64_t>(to, from, items);
-    if (item_bytes == 4) widen<uint32_t, int64_t>(to, from, items);
+    if (wide == kFromUnsigned) {
+        if (item_bytes == 1) widen<uint8_t, int64_t>(to, from, items);
+        if (item_bytes == 2) widen<uint16_t, int64_t>(to, from, items);
+        if (item_bytes == 4) widen<uint32_t, int64_t>(to, from, items);
+    } else {
+        if (item_bytes == 1) widen<int8_t, int64_t>(to, from, items);
+        if (item_bytes == 2) widen<int16_t, int64_t>(to, from, items);
+        if (item_bytes == 4) widen<int32_t, int64_t>(to, from, items);
+    }
     return items * 8;
 }
 
@@ -236,7 +244,7 @@ void tp_rows(const Store* s, int64_t n, const int64_t* index, int64_t row_bytes,
     });
 }
 
-// Windows of `items` numbers from number `start[i]` of the stream on, over shards: [n, items], as int64 where `wide`.
+// Windows of `items` numbers from number `start[i]` of the stream on, over shards: [n, items], as int64 by `wide`.
 void tp_windows(const Store* s, int64_t n, const int64_t* start, int64_t items, int64_t item_bytes, int64_t wide,
                 int64_t ask, uint8_t* out, Result* r) {
     r->status = kOk;
@@ -245,7 +253,7 @@ void tp_windows(const Store* s, int64_t n, const int64_t* start, int64_t items, 
     guarded(r, [&] {
         auto find = [&](int64_t i, Span& span) {
             const int64_t row = start[i];
-            if (row < 0 || row + items > rows) return fail(r, kOutOfRange, i, 0, 0);
+            if (row < 0 || row >= rows || items > rows - row) return fail(r, kOutOfRange, i, 0, 0);
             span.shard = shard_of(s, row, per_row);
             const int64_t left = s->bounds[span.shard + 1] - row;
             span.begin = (row - s->bounds[span.shard]) * item_bytes;

@@ -18,6 +18,7 @@ import numpy as np
 from turbopump.core.files import digest
 from turbopump.data import native
 
+AS_STORED, FROM_UNSIGNED, FROM_SIGNED = range(3)  # whether numbers are made int64, and of what
 OK, UNMAPPED, OUT_OF_RANGE, MISMATCH, CUT_SHORT, TOO_SMALL, BAD_OFFSETS = range(7)
 Array = np.ndarray
 
@@ -75,7 +76,7 @@ class Kernels(Protocol):
     def rows(self, store: Store, index: Array, row_bytes: int, ask: bool, out: Array, result: Result) -> None: ...
 
     def windows(
-        self, store: Store, start: Array, items: int, item_bytes: int, wide: bool, ask: bool, out: Array, result: Result
+        self, store: Store, start: Array, items: int, item_bytes: int, wide: int, ask: bool, out: Array, result: Result
     ) -> None: ...
 
     def ragged(
@@ -84,7 +85,7 @@ class Kernels(Protocol):
     ) -> None: ...  # fmt: skip
 
     def fetched(
-        self, store: Store, ranges: Fetched, item_bytes: int, wide: bool, out: Array, result: Result
+        self, store: Store, ranges: Fetched, item_bytes: int, wide: int, out: Array, result: Result
     ) -> None: ...
 
     def check(self, store: Store, shard: int, first: int, last: int, result: Result) -> None: ...
@@ -130,7 +131,7 @@ class Compiled:
         self._rows(store.pointer, len(index), address(index), row_bytes, ask, address(out), result)
 
     def windows(
-        self, store: Store, start: Array, items: int, item_bytes: int, wide: bool, ask: bool, out: Array, result: Result
+        self, store: Store, start: Array, items: int, item_bytes: int, wide: int, ask: bool, out: Array, result: Result
     ) -> None:
         self._library.tp_windows(
             store.pointer, len(start), address(start), items, item_bytes, wide, ask, address(out), result
@@ -145,7 +146,7 @@ class Compiled:
             address(out), out.nbytes // item_bytes, result,
         )  # fmt: skip
 
-    def fetched(self, store: Store, ranges: Fetched, item_bytes: int, wide: bool, out: Array, result: Result) -> None:
+    def fetched(self, store: Store, ranges: Fetched, item_bytes: int, wide: int, out: Array, result: Result) -> None:
         r = ranges
         self._library.tp_fetched(
             store.pointer, len(r.at), *map(address, (r.at, r.shard, r.first, r.bytes, r.skip, r.take, r.to)),
@@ -175,7 +176,7 @@ class Reference:
                 return
 
     def windows(
-        self, store: Store, start: Array, items: int, item_bytes: int, wide: bool, ask: bool, out: Array, result: Result
+        self, store: Store, start: Array, items: int, item_bytes: int, wide: int, ask: bool, out: Array, result: Result
     ) -> None:
         spans = _find(store, start, items, result)
         if spans is None:
@@ -189,9 +190,8 @@ class Reference:
                 if not _take(store, place, shard, row * item_bytes, (row + count) * item_bytes, to, result):
                     return
                 done, shard, row = done + count, shard + 1, 0
-        numbers = raw.view(f"u{item_bytes}")
-        target = _flat(out).view(np.int64 if wide else f"u{item_bytes}").reshape(-1)
-        target[: numbers.size] = numbers.reshape(-1)
+        flat = _widened(raw.reshape(-1), item_bytes, wide)
+        _flat(out)[: len(flat)] = flat
 
     def ragged(
         self, offsets: Store, values: Store, index: Array, item_bytes: int, ask: bool, out_offsets: Array, out: Array,
@@ -221,7 +221,7 @@ class Reference:
             if not _take(values, place, shard, begin * item_bytes, end * item_bytes, to, result):
                 return
 
-    def fetched(self, store: Store, ranges: Fetched, item_bytes: int, wide: bool, out: Array, result: Result) -> None:
+    def fetched(self, store: Store, ranges: Fetched, item_bytes: int, wide: int, out: Array, result: Result) -> None:
         _set(result, OK)
         flat = _flat(out)
         for place in range(len(ranges.at)):
@@ -234,8 +234,7 @@ class Reference:
                     _set(result, MISMATCH, place, shard, block)
                     return
             part = data[int(ranges.skip[place]) :][: int(ranges.take[place])]
-            if wide and item_bytes < 8:
-                part = part.view(f"u{item_bytes}").astype(np.int64).view(np.uint8)
+            part = _widened(part, item_bytes, wide)
             to = int(ranges.to[place])
             flat[to : to + len(part)] = part
 
@@ -260,10 +259,16 @@ def _flat(out: Array) -> Array:
     return out.reshape(-1).view(np.uint8)
 
 
+def _widened(raw: Array, item_bytes: int, wide: int) -> Array:
+    if wide == AS_STORED:
+        return raw
+    return raw.view(f"{'u' if wide == FROM_UNSIGNED else 'i'}{item_bytes}").astype(np.int64).view(np.uint8)
+
+
 def _find(store: Store, index: Array, items: int, result: Result) -> list[tuple[int, int]] | None:
     """(shard, row in it) of each row; None where one is out of range."""
     _set(result, OK)
-    outside = np.flatnonzero((index < 0) | (index + items > store.bounds[-1]))
+    outside = np.flatnonzero((index < 0) | (index > store.bounds[-1] - items))
     if len(outside):
         _set(result, OUT_OF_RANGE, int(outside[0]))
         return None

@@ -227,13 +227,16 @@ def _check(manifest: Manifest) -> None:
         if item.row_bytes > _MOST or (item.kind in ("bytes", "text") and (item.dtype != "uint8" or item.shape)):
             raise ValueError(f"field {item.name!r} of kind {item.kind} has dtype {item.dtype!r} and shape {item.shape}")
     if manifest.tokenizer is not None:
-        _check_file(manifest.tokenizer.file)
+        check_file_name(manifest.tokenizer.file)
     if manifest.kind == "tokens" and (
-        len(names) != 1 or manifest.fields[0].kind != "array" or manifest.fields[0].shape
+        len(names) != 1
+        or manifest.fields[0].kind != "array"
+        or manifest.fields[0].shape
+        or not manifest.fields[0].dtype.startswith("uint")
     ):
-        raise ValueError(f"a dataset of tokens has one field of numbers, not {names}")
+        raise ValueError(f"a dataset of tokens has one field of unsigned numbers, not {manifest.fields}")
     for name, split in manifest.splits.items():
-        _check_file(name)
+        check_file_name(name)
         for shard in split.shards:
             _check_shard(shard, manifest)
         if split.rows != sum(shard.rows for shard in split.shards):
@@ -241,7 +244,7 @@ def _check(manifest: Manifest) -> None:
 
 
 def _check_shard(shard: ShardEntry, manifest: Manifest) -> None:
-    _check_file(shard.file)
+    check_file_name(shard.file)
     if len(shard.buffers) != num_buffers(manifest.fields) or not 0 < shard.rows < _MOST or not 0 <= shard.bytes < _MOST:
         raise ValueError(f"{shard.file} has {len(shard.buffers)} buffers, {shard.rows} rows and {shard.bytes} bytes")
     rest = iter(shard.buffers)
@@ -254,6 +257,7 @@ def _check_shard(shard: ShardEntry, manifest: Manifest) -> None:
                 raise ValueError(f"field {item.name!r} of {shard.file} does not fit its shard")
 
 
-def _check_file(name: str) -> None:
+def check_file_name(name: str) -> None:
+    """Raises `ValueError` for a name that is no plain file of the dataset's directory."""
     if not name or "/" in name or "\0" in name or name[0] == ".":
         raise ValueError(f"{name!r} is no file name")

@@ -11,12 +11,12 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from turbopump.core.errors import CorruptDataError
+from turbopump.core.errors import UsageError
 from turbopump.data import gather
 from turbopump.data.gather import Fetched, Result
 from turbopump.data.manifest import Manifest
 from turbopump.data.ragged import Ragged, offsets_of
-from turbopump.data.reading import RESTORE, Files, Index, RaggedBuffers, SplitData
+from turbopump.data.reading import Files, Index, RaggedBuffers, SplitData, require_room, widening_of
 
 
 class RangeReader(Protocol):
@@ -46,31 +46,35 @@ class RangedSplit(SplitData):
         item, ids = self.fields[field], np.ascontiguousarray(index, np.int64)
         if out is None:
             out = np.empty((len(ids), *item.shape), item.dtype)
+        require_room(out.nbytes, len(ids) * item.row_bytes)
         shard, row = self._locate(ids)
         begin = row * item.row_bytes
-        self._fetch(field, 0, shard, begin, begin + item.row_bytes, np.arange(len(ids)) * item.row_bytes, out)
+        self._fetch(field, 0, shard, begin, begin + item.row_bytes, np.arange(len(ids)) * item.row_bytes, out, ids)
         return out
 
     def windows(
         self, start: Index, items: int, *, wide: bool = True, out: np.ndarray | None = None, field: int = 0
     ) -> np.ndarray:
         item, ids = self.fields[field], np.ascontiguousarray(start, np.int64)
-        wide = wide and np.dtype(item.dtype) != np.int64
+        widening = widening_of(item, wide)
         if out is None:
-            out = np.empty((len(ids), items), np.int64 if wide else item.dtype)
+            out = np.empty((len(ids), items), np.int64 if widening else item.dtype)
+        out_bytes, size = 8 if widening else item.item_bytes, item.item_bytes
+        require_room(out.nbytes, len(ids) * items * out_bytes)
         shard, first, last, place = self._pieces(ids, items)
-        size = item.item_bytes
-        self._fetch(field, 0, shard, first * size, last * size, place * out.itemsize, out, wide)
+        met = ids[place // items]
+        self._fetch(field, 0, shard, first * size, last * size, place * out_bytes, out, met, widening)
         return out
 
     def ragged(self, field: int, index: Index, out: RaggedBuffers | None = None) -> Ragged:
         item, ids = self.fields[field], np.ascontiguousarray(index, np.int64)
         out = out or RaggedBuffers(item, len(ids))
+        require_room(out.offsets.nbytes, 8 * (len(ids) + 1))
         shard, begin, end = self._ragged_places(field, ids)
         size = item.row_bytes
         out.offsets[: len(ids) + 1] = offsets_of((end - begin) // size)
         out.grow(int(out.offsets[len(ids)]))
-        self._fetch(field, 1, shard, begin, end, out.offsets[: len(ids)] * size, out.values)
+        self._fetch(field, 1, shard, begin, end, out.offsets[: len(ids)] * size, out.values, ids)
         return out.batch(len(ids))
 
     def prefetch(self, index: Index) -> None:
@@ -99,7 +103,9 @@ class RangedSplit(SplitData):
     def _ask(self, field: int, buffer: int, shard: np.ndarray, begin: np.ndarray, end: np.ndarray) -> None:
         some = end > begin
         if some.any():
-            self._reader.prefetch(*self._blocks(field, buffer, shard[some], begin[some], end[some])[:3])
+            ranges = self._blocks(field, buffer, shard[some], begin[some], end[some])[:3]
+            with self._lock:
+                self._reader.prefetch(*ranges)
 
     def _blocks(self, field: int, buffer: int, shard: np.ndarray, begin: np.ndarray, end: np.ndarray) -> Any:
         """Handles, offsets and lengths of the whole blocks around bytes [begin, end) of the shards' buffers; then the
@@ -117,12 +123,12 @@ class RangedSplit(SplitData):
 
     def _fetch(
         self, field: int, buffer: int, shard: np.ndarray, begin: np.ndarray, end: np.ndarray, to: np.ndarray,
-        out: np.ndarray, wide: bool = False,
+        out: np.ndarray, ids: np.ndarray, wide: int = gather.AS_STORED,
     ) -> None:  # fmt: skip
-        """Bytes [begin, end) of buffers to bytes `to` of `out`."""
+        """Bytes [begin, end) of buffers to bytes `to` of `out`; `ids` are the rows they belong to, for errors."""
         some = end > begin
         if not some.all():
-            shard, begin, end, to = shard[some], begin[some], end[some], to[some]
+            shard, begin, end, to, ids = shard[some], begin[some], end[some], to[some], ids[some]
         if not len(shard):
             return
         handles, offsets, lengths, first, skip = self._blocks(field, buffer, shard, begin, end)
@@ -130,7 +136,7 @@ class RangedSplit(SplitData):
         item_bytes = self.fields[field].item_bytes if wide else 1
         with self._lock:
             for attempt in range(2):
-                at = self._reader.read(handles, offsets, lengths)
+                at = self._read(handles, offsets, lengths)
                 ranges = Fetched(at, shard, first, lengths, skip, end - begin, np.ascontiguousarray(to))
                 result = Result()
                 self._kernels.fetched(store, ranges, item_bytes, wide, out, result)
@@ -138,16 +144,29 @@ class RangedSplit(SplitData):
                 if result.status == gather.OK or again is None or attempt:
                     break
                 again(handles, offsets, lengths)  # a copy on the way may be damaged where the original is not
-        self._raise(field, result, None)
+        self._raise(field, result, ids)
+
+    def _read(self, handles: np.ndarray, offsets: np.ndarray, lengths: np.ndarray) -> np.ndarray:
+        """Reads; where others were prefetched (by a loader that was closed, or for rows asked for in another order),
+        those are dropped."""
+        try:
+            return self._reader.read(handles, offsets, lengths)
+        except UsageError:
+            cancel = getattr(self._reader, "cancel", None)
+            if cancel is None:
+                raise
+            cancel()
+            return self._reader.read(handles, offsets, lengths)
 
     def _pieces(self, start: np.ndarray, items: int) -> tuple[np.ndarray, ...]:
         """Shard, first and last item in it, and place in the output of the pieces of windows."""
-        if len(start) and (start.min() < 0 or start.max() + items > len(self)):
+        if len(start) and (start.min() < 0 or start.max() > len(self) - items):
             raise IndexError(f"a window of {items} reaches past the {len(self)} rows of split {self._split!r}")
         shard = np.searchsorted(self.bounds, start, "right") - 1
         place, todo = np.arange(len(start)) * items, np.full(len(start), items)
-        row, found = start - self.bounds[shard], []
-        while len(shard):
+        row = start - self.bounds[shard]
+        found: list[tuple[np.ndarray, ...]] = []
+        while len(shard) or not found:
             count = np.minimum(todo, self.bounds[shard + 1] - self.bounds[shard] - row)
             found.append((shard, row, row + count, place))
             more = todo > count
@@ -166,6 +185,8 @@ class RangedSplit(SplitData):
             pairs[mine, 0], pairs[mine, 1] = offsets[row[mine]], offsets[row[mine] + 1]
         size = self.fields[field].row_bytes
         sizes = self._stores[self._first[field] + 1].sizes[shard]
-        if ((pairs[:, 0] < 0) | (pairs[:, 1] < pairs[:, 0]) | (pairs[:, 1] * size > sizes)).any():
-            raise CorruptDataError(f"offsets of {self.fields[field].name!r} are not in order: {RESTORE}")
+        bad = (pairs[:, 0] < 0) | (pairs[:, 1] < pairs[:, 0]) | (pairs[:, 1] > sizes // size)
+        if bad.any():
+            place = int(np.argmax(bad))
+            self._raise(field, Result(gather.BAD_OFFSETS, place, int(shard[place])), ids)
         return shard, pairs[:, 0] * size, pairs[:, 1] * size

@@ -17,7 +17,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from turbopump.core.errors import CorruptDataError
+from turbopump.core.errors import CorruptDataError, UsageError
 from turbopump.core.files import digest
 from turbopump.data import gather
 from turbopump.data.aligned import aligned_empty
@@ -132,6 +132,7 @@ class SplitData:
         item, ids = self.fields[field], np.ascontiguousarray(index, np.int64)
         if out is None:
             out = np.empty((len(ids), *item.shape), item.dtype)
+        require_room(out.nbytes, len(ids) * item.row_bytes)
         store = self._stores[self._first[field]]
         self._run(field, lambda r: self._kernels.rows(store, ids, item.row_bytes, True, out, r), ids)
         return out
@@ -139,22 +140,25 @@ class SplitData:
     def windows(
         self, start: Index, items: int, *, wide: bool = True, out: np.ndarray | None = None, field: int = 0
     ) -> np.ndarray:
-        """Windows of `items` numbers from row `start` of a field of single numbers on: [n, items], int64 or as stored.
+        """Windows of `items` numbers from row `start` of a field of single numbers on: [n, items], as stored or
+        (`wide`, of integers) int64.
 
         Windows may cross shards.
         """
         item, ids = self.fields[field], np.ascontiguousarray(start, np.int64)
-        wide = wide and np.dtype(item.dtype) != np.int64
+        widening = widening_of(item, wide)
         if out is None:
-            out = np.empty((len(ids), items), np.int64 if wide else item.dtype)
+            out = np.empty((len(ids), items), np.int64 if widening else item.dtype)
+        require_room(out.nbytes, len(ids) * items * (8 if widening else item.item_bytes))
         store, size = self._stores[self._first[field]], item.item_bytes
-        self._run(field, lambda r: self._kernels.windows(store, ids, items, size, wide, True, out, r), ids)
+        self._run(field, lambda r: self._kernels.windows(store, ids, items, size, widening, True, out, r), ids)
         return out
 
     def ragged(self, field: int, index: Index, out: RaggedBuffers | None = None) -> Ragged:
         """Rows of a field whose rows differ in length."""
         item, ids = self.fields[field], np.ascontiguousarray(index, np.int64)
         out = out or RaggedBuffers(item, len(ids))
+        require_room(out.offsets.nbytes, 8 * (len(ids) + 1))
         first = self._first[field]
         offsets, values = self._stores[first], self._stores[first + 1]
         size = item.row_bytes
@@ -225,19 +229,16 @@ class SplitData:
                 self._kernels.check(store, shard, 0, int(store.blocks[shard]), result)
                 self._raise(field, result, None)
 
-    def bad_blocks(self, shard: int, buffer: int, first: int, last: int) -> list[str]:
-        """What is wrong with blocks [first, last) of a shard's buffer (numbered over all fields)."""
+    def bad_blocks(self, shard: int, buffer: int, first: int, data: np.ndarray) -> list[str]:
+        """What is wrong with `data`, uint8: blocks from `first` on of a shard's buffer (numbered over all fields)."""
+        with self._lock:
+            self._add_sums(shard)
+        sums = self._kernels.sums(data, self._manifest.block_bytes)
+        expected = self._stores[buffer].sums[shard]
+        assert expected is not None  # just added
+        bad = np.flatnonzero(sums != expected[first : first + len(sums)])
         field = max(i for i, number in self._first.items() if number <= buffer)
-        self._whole(field, buffer - self._first[field], shard)
-        problems = []
-        while first < last:
-            result = Result()
-            self._kernels.check(self._stores[buffer], shard, first, last, result)
-            if result.status == gather.OK:
-                break
-            problems.append(self._problem(field, result, None))
-            first = result.block + 1 if result.status == gather.MISMATCH else last
-        return problems
+        return [self._problem(field, Result(gather.MISMATCH, 0, shard, first + block), None) for block in bad.tolist()]
 
     def locate(self, row: int) -> str:
         """Where a row is stored, for errors: the file and the row in it."""
@@ -286,8 +287,10 @@ class SplitData:
                 return result
             if result.status != gather.UNMAPPED:
                 self._raise(field, result, ids)
-            for buffer in range(1 if self.fields[field].fixed else 2):
-                self._whole(field, buffer, result.shard)
+            needed = np.unique(np.searchsorted(self.bounds, ids, "right") - 1).tolist()  # all at once: few beginnings
+            for shard in {*needed, result.shard} & set(range(len(self.shards))):
+                for buffer in range(1 if self.fields[field].fixed else 2):
+                    self._whole(field, buffer, shard)
 
     def _raise(self, field: int, result: Result, ids: np.ndarray | None) -> None:
         if result.status == gather.OUT_OF_RANGE:
@@ -311,6 +314,20 @@ class SplitData:
 
     def _name(self, shard: int) -> str:
         return self._files.location(self.shards[shard].file)
+
+
+def require_room(given_bytes: int, needed_bytes: int) -> None:
+    """Compiled code writes where it is told to; raises `UsageError` where that would be past the end."""
+    if given_bytes < needed_bytes:
+        raise UsageError(
+            f"the memory given has {given_bytes} bytes, this batch needs {needed_bytes}: ask for fewer rows"
+        )
+
+
+def widening_of(item: Field, wide: bool) -> int:
+    """How numbers of a field become int64; those that are no integers stay as they are."""
+    kinds = {"u": gather.FROM_UNSIGNED, "i": gather.FROM_SIGNED}
+    return kinds.get(np.dtype(item.dtype).kind, gather.AS_STORED) if wide else gather.AS_STORED
 
 
 class RaggedBuffers:

@@ -8,7 +8,6 @@ and page-sized blocks of checksums meet whole pages of the file.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -27,7 +26,7 @@ Column = np.ndarray | Ragged
 def write_shard(
     file: Path, fields: Sequence[Field], columns: Sequence[Column], block_bytes: int
 ) -> tuple[ShardEntry, np.ndarray]:
-    """Write `columns` (arrays [rows, *shape], `Ragged` where rows differ in length) durably to `file`.
+    """Write `columns` (arrays [rows, *shape], `Ragged` where rows differ in length) to `file`.
 
     Returns the shard's entry and the checksums of its blocks, uint64. Raises `OSError`.
     """
@@ -45,8 +44,6 @@ def write_shard(
     with file.open("wb") as sink:
         with pa.ipc.new_file(sink, schema) as writer:
             writer.write_batch(pa.record_batch(arrays, schema=schema))
-        sink.flush()
-        os.fsync(sink.fileno())
     buffers = _buffers(file, fields)
     raw = [part for column in columns for part in _parts(column)]
     sums = [kernels().sums(part, block_bytes) for part in raw]
@@ -55,6 +52,32 @@ def write_shard(
         file.name, len(columns[0]), file.stat().st_size, digest_file(file), digest(all_sums.data), tuple(buffers)
     )
     return entry, all_sums
+
+
+def not_as_described(file: Path, shard: ShardEntry, fields: Sequence[Field]) -> list[str]:
+    """What any Arrow tool would see in a shard that differs from its entry and the fields."""
+    import pyarrow as pa
+
+    try:
+        with pa.memory_map(str(file)) as source:
+            reader = pa.ipc.open_file(source)
+            rows, found = reader.get_batch(0).num_rows, reader.schema
+    except (pa.ArrowException, OSError) as error:
+        return [f"{file} is no Arrow file: {error}"]
+    described = dict(found.metadata or {})
+    told = {name.encode(): value.encode() for name, value in _metadata(fields, 0).items()}
+    told[b"padding"] = described.get(b"padding", b"")
+    if described != told or not found.equals(pa.schema([_arrow_field(field) for field in fields])):
+        return [f"{file}: its schema differs from the fields in manifest.json"]
+    return [] if rows == shard.rows else [f"{file}: {rows} rows where {shard.rows} are expected"]
+
+
+def _arrow_field(field: Field) -> Any:
+    import pyarrow as pa
+
+    empty = np.empty((0, *field.shape), field.dtype)
+    column = empty if field.fixed else Ragged(empty, np.zeros(1, np.int64), field.kind)  # type: ignore[arg-type]
+    return pa.field(field.name, _arrow(field, column).type, nullable=False)
 
 
 def _parts(column: Column) -> list[np.ndarray]:

@@ -220,4 +220,11 @@ def load_tokenizer(path: Path, manifest: Manifest) -> Tokenizer | None:
         raise CorruptDataError(f"{file} is missing or unreadable: {error.strerror}") from error
     if digest(data) != entry.digest:
         raise CorruptDataError(f"{file} differs from the digest in the manifest: restore it or pack the dataset again")
-    return from_data(entry.kind, data)
+    try:
+        return from_data(entry.kind, data)
+    except UsageError:
+        raise
+    except BaseException as error:  # the library's own have no other type; its panics are not even an `Exception`
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+            raise
+        raise CorruptDataError(f"{file} is no tokenizer ({error}): pack the dataset again") from error

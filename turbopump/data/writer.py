@@ -14,6 +14,7 @@ import os
 import shutil
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
@@ -21,7 +22,15 @@ from types import TracebackType
 import numpy as np
 
 from turbopump.core.errors import DatasetError, RunDirectoryError, UsageError
-from turbopump.core.files import digest_file, explain_os_error, from_json_as, fsync_directory, to_json, write_atomic
+from turbopump.core.files import (
+    digest,
+    digest_file,
+    explain_os_error,
+    from_json_as,
+    fsync_directory,
+    to_json,
+    write_atomic,
+)
 from turbopump.data.manifest import (
     DTYPES,
     MANIFEST_NAME,
@@ -30,6 +39,7 @@ from turbopump.data.manifest import (
     ShardEntry,
     SplitEntry,
     TokenizerEntry,
+    check_file_name,
     sums_name,
 )
 from turbopump.data.ragged import Ragged, joined
@@ -86,11 +96,17 @@ class PartWriter:
         document_sizes: Sequence[int] | np.ndarray = (),
     ) -> None:
         """Add rows to a split: an array [rows, *shape] or a `Ragged` a field, which must not be changed afterwards."""
+        columns = [_checked(item, column) for item, column in zip(self.fields, columns, strict=True)]
+        if len({len(column) for column in columns}) != 1:
+            raise UsageError(
+                f"fields of one batch have different numbers of rows: {', '.join(map(str, map(len, columns)))}"
+            )
+        if split not in self._splits:
+            _check_split(split)
         pending = self._splits.setdefault(split, _Pending([[] for _ in self.fields]))
         pending.source_bytes += source_bytes
         pending.documents += len(document_sizes)
         pending.document_sizes.update((max(1, int(n)) - 1).bit_length() for n in document_sizes)
-        columns = [_checked(item, column) for item, column in zip(self.fields, columns, strict=True)]
         rows, begin = len(columns[0]), 0
         sizes = self._row_bytes(columns)
         while begin < rows:
@@ -140,10 +156,14 @@ class PartWriter:
             for name, p in sorted(self._splits.items())
         }  # fmt: skip
         file = self._staging / _sums_file(self._part)
-        with _disk_errors():
-            write_atomic(file, np.concatenate([np.empty(0, np.uint64), *sums]).tobytes())
+        try:
+            file.write_bytes(np.concatenate([np.empty(0, np.uint64), *sums]).tobytes())
             entry = PartEntry(self._part, splits, digest_file(file), skipped)
-            write_atomic(self._staging / f"part-{self._part:06d}.json", to_json(entry))
+            data = to_json(entry)
+            seal = self._staging / f"part-{self._part:06d}.json"
+            seal.write_bytes(data + b"\n" + digest(data).encode())  # `commit` makes all of it durable at once
+        except OSError as error:
+            raise DatasetError(explain_os_error(error, self._shown)) from error
         return entry
 
 
@@ -167,8 +187,18 @@ def _checked(item: Field, column: Column) -> Column:
     return values if isinstance(column, np.ndarray) else Ragged(values, column.offsets, column.kind)
 
 
+def _check_split(name: str) -> None:
+    try:
+        check_file_name(name)
+    except ValueError as error:
+        raise UsageError(f"a split cannot be called {name!r}: its files are named after it") from error
+
+
 def checked_fields(fields: Sequence[Field]) -> tuple[Field, ...]:
     """The fields; raises `UsageError` for one that cannot be stored."""
+    names = [item.name for item in fields]
+    if not names or len(set(names)) != len(names):
+        raise UsageError(f"fields must be one or more of different names: {', '.join(names) or 'none'} given")
     for item in fields:
         if item.dtype not in DTYPES:
             raise UsageError(f"field {item.name!r} has dtype {item.dtype}; allowed: {', '.join(DTYPES)}")
@@ -192,12 +222,24 @@ class Staging:
         self.directory = self.path.absolute().parent / f".{self.path.name}.partial"
         self._lock: int | None = None
         try:
-            self.directory.mkdir(parents=True, exist_ok=True)
-            self._lock = _lock(self.directory)
+            while self._lock is None:
+                self.directory.mkdir(parents=True, exist_ok=True)
+                with suppress(FileNotFoundError):
+                    self._lock = _lock(self.directory)
+                if self._lock is not None and not _is_at(
+                    self._lock, self.directory
+                ):  # another pack was just moving it to its place
+                    self._release()
+            check_destination(self.path, overwrite)
             if key is None or not self._same_key(key):
                 self._clear()
                 if key is not None:
                     write_atomic(self.directory / _KEY_NAME, to_json({"key": key}))
+        except UsageError:
+            with suppress(OSError):
+                self.directory.rmdir()  # if nothing of an earlier pack is in it
+            self._release()
+            raise
         except BlockingIOError as error:
             raise UsageError(
                 f"another process is packing to {self.path}: wait for it, or choose another place"
@@ -217,14 +259,16 @@ class Staging:
             entry.unlink()
 
     def _sealed(self) -> Iterable[PartEntry]:
-        """Parts that are whole: sealed, and all their files there in their size."""
+        """Parts that are whole: sealed, and all their files there as they were written."""
         for file in sorted(self.directory.glob("part-*.json")):
             try:
-                entry = from_json_as(file.read_bytes(), PartEntry)
-                sizes = [
-                    (self.directory / s.file).stat().st_size == s.bytes for p in entry.splits.values() for s in p.shards
-                ]
-                whole = all(sizes) and digest_file(self.directory / _sums_file(entry.part)) == entry.sums_xxh3
+                data, _, seal = file.read_bytes().rpartition(b"\n")
+                if digest(data).encode() != seal:
+                    continue
+                entry = from_json_as(data, PartEntry)
+                files = {s.file: s.xxh3 for split in entry.splits.values() for s in split.shards}
+                files[_sums_file(entry.part)] = entry.sums_xxh3
+                whole = all(digest_file(self.directory / name) == xxh3 for name, xxh3 in files.items())
             except (OSError, ValueError):
                 whole = False
             if whole:
@@ -254,7 +298,7 @@ class Staging:
                     kind, block_bytes, tuple(fields), splits, tokenizer, tuple(sources), skipped, dict(labels or {})
                 )
                 write_atomic(self.directory / MANIFEST_NAME, manifest.dumps())
-                self._remove_seals(ordered)
+                self._keep_only(manifest, files or {})
             self._move_in_place()
         except OSError as error:
             raise DatasetError(explain_os_error(error, self.path)) from error
@@ -274,10 +318,8 @@ class Staging:
                     sizes.update(split.document_sizes)
                     for shard in split.shards:
                         file = f"{name}-{len(shards):05d}.arrow"
-                        os.replace(self.directory / shard.file, self.directory / file)
+                        _second_name(self.directory / shard.file, self.directory / file)
                         shards.append(_renamed(shard, file))
-                sums.flush()
-                os.fsync(sums.fileno())
             splits[name] = SplitEntry(
                 sum(shard.rows for shard in shards), sum(split.source_bytes for _, split in mine),
                 sum(split.documents for _, split in mine),
@@ -296,20 +338,24 @@ class Staging:
             at += size
         return b""
 
-    def _remove_seals(self, parts: Sequence[PartEntry]) -> None:
-        for entry in parts:
-            for file in (f"part-{entry.part:06d}.json", _sums_file(entry.part)):
-                (self.directory / file).unlink(missing_ok=True)
-        (self.directory / _KEY_NAME).unlink(missing_ok=True)
-        for left in self.directory.glob("part-*"):  # of a part that was begun and never sealed
-            left.unlink()
+    def _keep_only(self, manifest: Manifest, files: Mapping[str, bytes]) -> None:
+        """Remove what is not of the dataset: seals, and what parts that were begun and never sealed have left."""
+        shards = {shard.file for split in manifest.splits.values() for shard in split.shards}
+        kept = {MANIFEST_NAME, *files, *map(sums_name, manifest.splits), *shards}
+        for left in self.directory.iterdir():
+            if left.name not in kept:
+                left.unlink()
 
     def _move_in_place(self) -> None:
+        for file in self.directory.iterdir():
+            _fsync(file)
         fsync_directory(self.directory)
         if self.path.exists():
             check_destination(self.path, self._overwrite)
+            old = _lock(self.path)  # so that no other pack takes the old dataset for its staging directory
             _exchange(self.directory, self.path)  # at no moment is there no dataset, or half of one
             shutil.rmtree(self.directory, ignore_errors=True)
+            os.close(old)
         else:
             self.directory.rename(self.path)
         fsync_directory(self.path.absolute().parent)
@@ -430,6 +476,31 @@ def _lock(path: Path) -> int:
         os.close(handle)
         raise
     return handle
+
+
+def _is_at(handle: int, path: Path) -> bool:
+    try:
+        return os.path.samestat(os.fstat(handle), path.stat())
+    except FileNotFoundError:
+        return False
+
+
+def _second_name(file: Path, name: Path) -> None:
+    """Give a file another name beside its own, so that a commit that is killed leaves the parts as they were; it is
+    renamed where the file system has no links."""
+    name.unlink(missing_ok=True)  # of a commit that was killed
+    try:
+        os.link(file, name)
+    except OSError:
+        os.replace(file, name)
+
+
+def _fsync(file: Path) -> None:
+    handle = os.open(file, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
 
 
 _libc = ctypes.CDLL(None, use_errno=True)
