@@ -319,7 +319,7 @@ CUT_SHORT = textwrap.dedent("""
             try:
                 what(field, np.arange(len(data)))
             except CorruptDataError as error:
-                print(error)
+                sys.stdout.write(f"{error}\\n")
     os.truncate(file, 4096 * 2)
     threads = [threading.Thread(target=read) for _ in range(2)]
     for thread in threads: thread.start()
