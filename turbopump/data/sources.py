@@ -212,7 +212,7 @@ class ArraysSource:
 
     def _decode(self, item: Field, column: Ragged, indices: Sequence[int] | np.ndarray) -> Any:
         """The images or sounds of a column; raises `SampleError` naming the row of one that is damaged."""
-        found = []
+        found: list[Any] = []
         for place, data in enumerate(column):
             try:
                 found.append(media.decode_image(data) if item.media == "image" else media.decode_audio(data))
