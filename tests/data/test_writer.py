@@ -245,6 +245,7 @@ def sealed(staging):
     return found
 
 
+@pytest.mark.slow
 def test_packs_killed_at_any_moment_go_on_to_the_same_bytes(texts, whole, tmp_path):
     place, expected = tmp_path / "d", all_bytes(whole[0])
     staging = tmp_path / ".d.partial"
