@@ -25,7 +25,7 @@ TOKENS_BYTES = (SEQ_LEN + 1) * TOKEN.itemsize
 RECORDS = {"12KB": (12_288, 20_000, 4_000), "tokens": (TOKENS_BYTES, 100_000, 20_000)}  # bytes, how many, if quick
 OUR_WORKERS, PEER_WORKERS = (0, 1, 2), (0, 2)
 FINALISTS = 3  # of the peers
-QUICK_PEERS = ("Grain", "HF datasets", "LMDB")  # the fastest of earlier runs: each loader takes seconds to start
+QUICK_PEERS = ("HF datasets", "LMDB")  # the fastest of earlier runs: each loader takes seconds to start
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,7 @@ def measure_loaders(kind: str, peers: Sequence[Peer], scratch: Path, quick: bool
     raw = write_raw(scratch / f"raw-loader-{kind}", record_bytes, quick_count if quick else count)
     tokens, own = kind == "tokens", scratch / "own"
     (packed_tokens if tokens else packed)(raw, own)
-    budget_s, rounds = (0.5, 2) if quick else (1.5, 4)
+    budget_s, rounds = (0.5, 2) if quick else (1.5, 3)
     blocks = [peer.name for peer in peers if peer.building_block]
     note(f"loaders, {kind}: {raw.count} records; every one once, the best {rounds - 1} times more")
     rates: dict[str, list[float]] = {}

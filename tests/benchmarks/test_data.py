@@ -3,6 +3,7 @@
 import csv
 import json
 from contextlib import ExitStack
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -103,16 +104,24 @@ def test_scratch_goes_when_interrupted(tmp_path, monkeypatch):
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("crashes", [0, 1])
-def test_a_crash_in_the_fuzz_fails_the_run(tmp_path, monkeypatch, crashes):
-    class Fuzz:
-        @staticmethod
-        def fuzz(mutations, seed):
-            return {"mutations": mutations, "outcomes": {}, "crashes": crashes}
+def fuzzed(number, seed):
+    return {"error": number - seed, "right": 1}
 
-    monkeypatch.setattr(data.importlib, "import_module", lambda name: Fuzz)
+
+def fuzzed_badly(number, seed):
+    return {"error": number, "crash (exit -11) in mutation 3": 1}
+
+
+@pytest.mark.parametrize(("how", "failed"), [
+    (fuzzed, []), (fuzzed_badly, ["fuzz, seed 0: crash (exit -11) in mutation 3"]),
+])  # fmt: skip
+def test_a_crash_in_the_fuzz_fails_the_run(tmp_path, monkeypatch, capsys, how, failed):
+    module = SimpleNamespace(fuzz=how, EXPECTED=("error", "right", "other"))
+    monkeypatch.setattr(data.importlib, "import_module", lambda name: module)
+    monkeypatch.setattr(data, "in_process", lambda work, *given: work(*given))
     run = data.Run(True, tmp_path, tmp_path, ExitStack(), [])
-    assert list(data.fuzz(run)) == [] and bool(run.failed) == bool(crashes)
+    assert list(data.fuzz(run)) == [] and run.failed == failed
+    assert f"{len(failed)} crashes" in capsys.readouterr().out
 
 
 # ---- our side
