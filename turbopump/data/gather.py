@@ -9,12 +9,14 @@ turns the rest into errors that name file and record.
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from typing import Any, Protocol
 
 import numpy as np
 
+from turbopump.core.errors import UsageError
 from turbopump.core.files import digest
 from turbopump.data import native
 
@@ -32,7 +34,8 @@ class Result(ctypes.Structure):
 class _Store(ctypes.Structure):
     _fields_ = [
         ("shards", ctypes.c_int64), ("block_bytes", ctypes.c_int64),
-        *((name, ctypes.c_void_p) for name in ("bounds", "base", "bytes", "sums", "known", "unknown", "hints")),
+        *((name, ctypes.c_void_p) for name in ("bounds", "base", "bytes", "sums")),
+        *((name, ctypes.c_void_p) for name in ("known", "unknown", "unsure", "hints")),
     ]  # fmt: skip
 
 
@@ -48,7 +51,8 @@ class Store:
         self.known: list[Array | None] = [None] * shards
         self.base, self._sums, self._known = (np.zeros(shards, np.uint64) for _ in range(3))
         self.unknown, self.hints = self.blocks.copy(), np.zeros(shards, np.uint8)
-        arrays = (bounds, self.base, sizes, self._sums, self._known, self.unknown, self.hints)
+        self.unsure = np.array([np.count_nonzero(self.unknown)])
+        arrays = (bounds, self.base, sizes, self._sums, self._known, self.unknown, self.unsure, self.hints)
         self._struct = _Store(shards, block_bytes, *map(address, arrays))
         self.pointer = ctypes.addressof(self._struct)
 
@@ -63,6 +67,14 @@ class Store:
         self.memory[shard] = memory
         self.hints[shard] = cold
         self.base[shard] = address(memory) if len(memory) else 64  # last: from here on it is in use
+
+
+def require_room(given_bytes: int, needed_bytes: int) -> None:
+    """Compiled code writes where it is told to; raises `UsageError` where that would be past the end."""
+    if given_bytes < needed_bytes:
+        raise UsageError(
+            f"the memory given has {given_bytes} bytes, this batch needs {needed_bytes}: ask for fewer rows"
+        )
 
 
 def address(array: Array) -> int:
@@ -92,6 +104,14 @@ class Kernels(Protocol):
 
     def sums(self, data: Array, block_bytes: int) -> Array: ...
 
+    def quick_rows(self, store: Store, row_bytes: int) -> Callable[[Array, Array], int]:
+        """`read(index, out)`: `rows` with the least to do around it; not 0 where `rows` has something to tell."""
+        ...
+
+    def quick_windows(self, store: Store, item_bytes: int) -> Callable[[int, int, Array, Array], int]:
+        """`read(items, wide, start, out)`, in the same way."""
+        ...
+
 
 @dataclass(frozen=True)
 class Fetched:
@@ -116,8 +136,6 @@ class Compiled:
         pointer, number = ctypes.c_void_p, ctypes.c_int64
         result = ctypes.POINTER(Result)
         for name, types in {
-            "tp_rows": (pointer, number, pointer, number, number, pointer, result),
-            "tp_windows": (pointer, number, pointer, number, number, number, number, pointer, result),
             "tp_ragged": (pointer, pointer, number, pointer, number, number, pointer, pointer, number, result),
             "tp_fetched": (pointer, number, *(pointer,) * 7, number, number, pointer, result),
             "tp_check": (pointer, number, number, number, result),
@@ -125,17 +143,27 @@ class Compiled:
         }.items():
             getattr(library, name).argtypes = types
             getattr(library, name).restype = None
-        self._rows = library.tp_rows
+        python, array = ctypes.PyDLL(library._name), ctypes.py_object  # the same library, called with Python's lock
+        self._rows, self._windows = python.tp_rows, python.tp_windows
+        self._rows.argtypes = (pointer, number, number, result, array, array)
+        self._windows.argtypes = (pointer, number, number, result, number, number, array, array)
+        self._rows.restype = self._windows.restype = number
 
     def rows(self, store: Store, index: Array, row_bytes: int, ask: bool, out: Array, result: Result) -> None:
-        self._rows(store.pointer, len(index), address(index), row_bytes, ask, address(out), result)
+        if self._rows(store.pointer, row_bytes, ask, result, index, out):
+            require_room(out.nbytes, len(index) * row_bytes)
+
+    def quick_rows(self, store: Store, row_bytes: int) -> Callable[[Array, Array], int]:
+        return partial(self._rows, store.pointer, row_bytes, True, None)
+
+    def quick_windows(self, store: Store, item_bytes: int) -> Callable[[int, int, Array, Array], int]:
+        return partial(self._windows, store.pointer, item_bytes, True, None)
 
     def windows(
         self, store: Store, start: Array, items: int, item_bytes: int, wide: int, ask: bool, out: Array, result: Result
     ) -> None:
-        self._library.tp_windows(
-            store.pointer, len(start), address(start), items, item_bytes, wide, ask, address(out), result
-        )
+        if self._windows(store.pointer, item_bytes, ask, result, items, wide, start, out):
+            require_room(out.nbytes, len(start) * items * (8 if wide else item_bytes))
 
     def ragged(
         self, offsets: Store, values: Store, index: Array, item_bytes: int, ask: bool, out_offsets: Array, out: Array,
@@ -166,6 +194,7 @@ class Reference:
     """The same in NumPy: what gather.cpp is tested against, and what reads where it cannot be compiled."""
 
     def rows(self, store: Store, index: Array, row_bytes: int, ask: bool, out: Array, result: Result) -> None:
+        require_room(out.nbytes, len(index) * row_bytes)
         spans = _find(store, index, 1, result)
         if spans is None:
             return
@@ -178,6 +207,7 @@ class Reference:
     def windows(
         self, store: Store, start: Array, items: int, item_bytes: int, wide: int, ask: bool, out: Array, result: Result
     ) -> None:
+        require_room(out.nbytes, len(start) * items * (8 if wide else item_bytes))
         spans = _find(store, start, items, result)
         if spans is None:
             return
@@ -243,6 +273,12 @@ class Reference:
         end = min(last * store.block_bytes, int(store.sizes[shard]))
         _check(store, 0, shard, first * store.block_bytes, end, result)
 
+    def quick_rows(self, store: Store, row_bytes: int) -> Callable[[Array, Array], int]:
+        return lambda index, out: 3
+
+    def quick_windows(self, store: Store, item_bytes: int) -> Callable[[int, int, Array, Array], int]:
+        return lambda items, wide, start, out: 3
+
     def sums(self, data: Array, block_bytes: int) -> Array:
         view = data.data
         return np.array(
@@ -302,6 +338,7 @@ def _check(store: Store, place: int, shard: int, begin: int, end: int, result: R
             return False
         known[word] |= bit
         store.unknown[shard] -= 1
+        store.unsure -= not store.unknown[shard]
     return True
 
 

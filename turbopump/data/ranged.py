@@ -13,10 +13,10 @@ import numpy as np
 
 from turbopump.core.errors import UsageError
 from turbopump.data import gather
-from turbopump.data.gather import Fetched, Result
+from turbopump.data.gather import Fetched, Result, require_room
 from turbopump.data.manifest import Manifest
 from turbopump.data.ragged import Ragged, offsets_of
-from turbopump.data.reading import Files, Index, RaggedBuffers, SplitData, require_room, widening_of
+from turbopump.data.reading import Files, Index, RaggedBuffers, SplitData, widening_of
 
 
 class RangeReader(Protocol):

@@ -17,11 +17,11 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from turbopump.core.errors import CorruptDataError, UsageError
+from turbopump.core.errors import CorruptDataError
 from turbopump.core.files import digest
 from turbopump.data import gather
 from turbopump.data.aligned import aligned_empty
-from turbopump.data.gather import Result, Store, address, kernels
+from turbopump.data.gather import Result, Store, address, kernels, require_room
 from turbopump.data.manifest import Field, Manifest, ShardEntry, num_buffers, sums_name
 from turbopump.data.ragged import Ragged, offsets_of
 
@@ -121,6 +121,9 @@ class SplitData:
         self._sums_at = offsets_of(blocks.sum(axis=1))
         self._lock = threading.RLock()
         self._kernels = kernels()
+        values = [(self._stores[self._first[i]], item) for i, item in enumerate(self.fields)]
+        self._quick_rows = [self._kernels.quick_rows(store, item.row_bytes) for store, item in values]
+        self._quick_windows = [self._kernels.quick_windows(store, item.item_bytes) for store, item in values]
 
     def __len__(self) -> int:
         return int(self.bounds[-1])
@@ -129,12 +132,12 @@ class SplitData:
 
     def rows(self, field: int, index: Index, out: np.ndarray | None = None) -> np.ndarray:
         """Rows of a field of fixed shape: [n, *shape], into `out` where it is given."""
-        item, ids = self.fields[field], np.ascontiguousarray(index, np.int64)
+        item, ids = self.fields[field], as_ids(index)
         if out is None:
             out = np.empty((len(ids), *item.shape), item.dtype)
-        require_room(out.nbytes, len(ids) * item.row_bytes)
-        store = self._stores[self._first[field]]
-        self._run(field, lambda r: self._kernels.rows(store, ids, item.row_bytes, True, out, r), ids)
+        if self._quick_rows[field](ids, out):
+            store = self._stores[self._first[field]]
+            self._run(field, lambda r: self._kernels.rows(store, ids, item.row_bytes, True, out, r), ids)
         return out
 
     def windows(
@@ -145,18 +148,18 @@ class SplitData:
 
         Windows may cross shards.
         """
-        item, ids = self.fields[field], np.ascontiguousarray(start, np.int64)
+        item, ids = self.fields[field], as_ids(start)
         widening = widening_of(item, wide)
         if out is None:
             out = np.empty((len(ids), items), np.int64 if widening else item.dtype)
-        require_room(out.nbytes, len(ids) * items * (8 if widening else item.item_bytes))
-        store, size = self._stores[self._first[field]], item.item_bytes
-        self._run(field, lambda r: self._kernels.windows(store, ids, items, size, widening, True, out, r), ids)
+        if self._quick_windows[field](items, widening, ids, out):
+            store, size = self._stores[self._first[field]], item.item_bytes
+            self._run(field, lambda r: self._kernels.windows(store, ids, items, size, widening, True, out, r), ids)
         return out
 
     def ragged(self, field: int, index: Index, out: RaggedBuffers | None = None) -> Ragged:
         """Rows of a field whose rows differ in length."""
-        item, ids = self.fields[field], np.ascontiguousarray(index, np.int64)
+        item, ids = self.fields[field], as_ids(index)
         out = out or RaggedBuffers(item, len(ids))
         require_room(out.offsets.nbytes, 8 * (len(ids) + 1))
         first = self._first[field]
@@ -316,12 +319,14 @@ class SplitData:
         return self._files.location(self.shards[shard].file)
 
 
-def require_room(given_bytes: int, needed_bytes: int) -> None:
-    """Compiled code writes where it is told to; raises `UsageError` where that would be past the end."""
-    if given_bytes < needed_bytes:
-        raise UsageError(
-            f"the memory given has {given_bytes} bytes, this batch needs {needed_bytes}: ask for fewer rows"
-        )
+_INT64 = np.dtype(np.int64)
+
+
+def as_ids(index: Index) -> np.ndarray:
+    """`index` as a contiguous array of int64; as it is where it is one."""
+    if type(index) is np.ndarray and index.dtype is _INT64 and index.flags.c_contiguous:
+        return index
+    return np.ascontiguousarray(index, np.int64)
 
 
 def widening_of(item: Field, wide: bool) -> int:
