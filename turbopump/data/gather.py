@@ -55,6 +55,13 @@ class Store:
         arrays = (bounds, self.base, sizes, self._sums, self._known, self.unknown, self.unsure, self.hints)
         self._struct = _Store(shards, block_bytes, *map(address, arrays))
         self.pointer = ctypes.addressof(self._struct)
+        self._quick: list[Any] = []
+
+    def quick(self, row_bytes: int) -> int:
+        """Address of gather.cpp's `Quick`."""
+        made = (ctypes.c_int64 * 2)(self.pointer, row_bytes)
+        self._quick.append(made)  # kept alive
+        return ctypes.addressof(made)
 
     def add_sums(self, shard: int, sums: Array) -> None:
         """The checksums of a shard's blocks, uint64; none of them checked yet."""
@@ -145,6 +152,10 @@ class Compiled:
             getattr(library, name).restype = None
         python, array = ctypes.PyDLL(library._name), ctypes.py_object  # the same library, called with Python's lock
         self._rows, self._windows = python.tp_rows, python.tp_windows
+        self._quick_rows, self._quick_windows = python.tp_quick_rows, python.tp_quick_windows
+        self._quick_rows.argtypes, self._quick_rows.restype = (pointer, array, array), number
+        self._quick_windows.argtypes = (pointer, number, number, array, array)
+        self._quick_windows.restype = number
         self._rows.argtypes = (pointer, number, number, result, array, array)
         self._windows.argtypes = (pointer, number, number, result, number, number, array, array)
         self._rows.restype = self._windows.restype = number
@@ -154,10 +165,10 @@ class Compiled:
             require_room(out.nbytes, len(index) * row_bytes)
 
     def quick_rows(self, store: Store, row_bytes: int) -> Callable[[Array, Array], int]:
-        return partial(self._rows, store.pointer, row_bytes, True, None)
+        return partial(self._quick_rows, store.quick(row_bytes))
 
     def quick_windows(self, store: Store, item_bytes: int) -> Callable[[int, int, Array, Array], int]:
-        return partial(self._windows, store.pointer, item_bytes, True, None)
+        return partial(self._quick_windows, store.quick(item_bytes))
 
     def windows(
         self, store: Store, start: Array, items: int, item_bytes: int, wide: int, ask: bool, out: Array, result: Result
