@@ -63,6 +63,10 @@ class Store:
         self.hints[shard] = cold
         self.base[shard] = address(memory) if len(memory) else 64  # last: from here on it is in use
 
+    def remove_memory(self, shard: int) -> None:
+        """The opposite; nobody may be reading."""
+        self.base[shard], self.memory[shard] = 0, None
+
 
 def address(array: Array) -> int:
     pointer: int = array.__array_interface__["data"][0]

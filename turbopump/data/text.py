@@ -11,14 +11,13 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Sequence
-from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
 import numpy as np
 
-from turbopump.core.errors import CorruptDataError, UsageError
+from turbopump.core.errors import UsageError
 from turbopump.core.files import digest, to_json
-from turbopump.data.manifest import Manifest, TokenizerEntry
+from turbopump.data.manifest import TokenizerEntry
 
 TOKENIZER_NAME = "tokenizer.json"
 SEPARATOR = "<|document|>"
@@ -206,18 +205,3 @@ def from_data(kind: str, data: bytes) -> Tokenizer:
     if kind == "bpe":
         return BpeTokenizer(data)
     raise UsageError(f"no tokenizer kind {kind!r} (known: bytes, bpe)")
-
-
-def load_tokenizer(path: Path, manifest: Manifest) -> Tokenizer | None:
-    """The tokenizer stored in the dataset `path`, or None where it has none; raises `CorruptDataError`."""
-    entry: Any = manifest.tokenizer
-    if entry is None:
-        return None
-    file = path / entry.file
-    try:
-        data = file.read_bytes()
-    except OSError as error:
-        raise CorruptDataError(f"{file} is missing or unreadable: {error.strerror}") from error
-    if digest(data) != entry.digest:
-        raise CorruptDataError(f"{file} differs from the digest in the manifest: restore it or pack the dataset again")
-    return from_data(entry.kind, data)
