@@ -150,13 +150,15 @@ def _check_size(file: str, expected: int) -> None:
         )
 
 
-def verify_dataset(path: Path | str, progress: Callable[[int, int], None] | None = None) -> int:
+def verify_dataset(
+    path: Path | str, progress: Callable[[int, int], None] | None = None, remote: RemoteConfig | None = None
+) -> int:
     """Read everything and check every checksum; the number of bytes checked.
 
     `progress(done_bytes, total_bytes)` is called after each shard. Raises `CorruptDataError` that lists every bad
     block, by shard and number.
     """
-    dataset = open_dataset(path) if is_url(path) else open_dataset(path, "mapped")
+    dataset = open_dataset(path, remote=remote) if is_url(path) else open_dataset(path, "mapped")
     problems, done = [], 0
     for name, split in dataset.manifest.splits.items():
         data = SplitData(dataset.files, dataset.manifest, name)
