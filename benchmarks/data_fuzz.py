@@ -288,7 +288,7 @@ def _read_all(path: Path, dataset: Dataset) -> dict[str, list[bytes]]:
             parts += [data.shard_rows(number, shard) for number in range(len(data.fields))]
         found[split] = [array.tobytes() for part in parts for array in _arrays(part)]
     if dataset.manifest.kind == "tokens":
-        tokenizer = text.load_tokenizer(path, dataset.manifest)
+        tokenizer = dataset.tokenizer()
         found["tokenizer"] = [] if tokenizer is None else [tokenizer.dumps(), tokenizer.decode([70, 71, 72]).encode()]
     return found
 

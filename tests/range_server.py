@@ -78,6 +78,7 @@ class RangeServer:
     def _handler(server) -> type[BaseHTTPRequestHandler]:
         class Handler(BaseHTTPRequestHandler):
             protocol_version = "HTTP/1.1"
+            disable_nagle_algorithm = True  # or a body waits 40 ms for the receipt of its headers
 
             def log_message(self, *_: object) -> None:
                 pass

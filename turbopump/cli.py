@@ -524,7 +524,7 @@ def report(*runs: Path, output: Path | None = None, json: Flag = False) -> None:
 
 @app.command
 def inspect(
-    path: Path,
+    path: str,
     /,
     *,
     verify: Flag = False,
@@ -532,12 +532,13 @@ def inspect(
     export: Literal["parquet"] | None = None,
     to: Path | None = None,
 ) -> None:
-    """What an artefact is: a run, checkpoint, dataset, recipe or weights file.
+    """What an artefact is: a run, checkpoint, dataset (also at an address), recipe or weights file.
 
     Examples:
 
         turbopump inspect runs/demo
         turbopump inspect datasets/stdlib --verify
+        turbopump inspect s3://bucket/stdlib
         turbopump inspect datasets/images --export parquet --to images-parquet
         turbopump inspect runs/demo/checkpoints/step-00000400
 

@@ -18,6 +18,7 @@ from turbopump.core.tensor_file import read_layout
 from turbopump.core.units import human, human_bytes, human_seconds, printable
 from turbopump.data.describe import describe_dataset
 from turbopump.data.format import chunks, open_dataset, verify_dataset
+from turbopump.data.remote_files import is_url
 from turbopump.hardware import profile as machine_file
 from turbopump.hardware.sanity import oddities
 from turbopump.planner import plan_file
@@ -29,6 +30,8 @@ def inspect(path: Path | str, *, verify: bool = False) -> dict[str, Any]:
     """Facts about the artefact at `path`, with its `kind` first; raises `UsageError` for what is none of ours,
     `CorruptDataError` or `CorruptCheckpointError` where a checksum differs, and `ProfileError` for a machine file of
     another schema or, with `verify`, of figures that cannot be; `PlanError` for a plan of another schema."""
+    if is_url(path):
+        return {"kind": "dataset", "path": str(path), **_dataset(path, verify)}
     path = Path(path)
     if not path.exists():
         raise UsageError(f"nothing at {path}")
@@ -91,7 +94,7 @@ def _verify_checkpoint(path: Path) -> None:
         raise CorruptCheckpointError("; ".join(problems))
 
 
-def _dataset(path: Path, verify: bool) -> dict[str, Any]:
+def _dataset(path: Path | str, verify: bool) -> dict[str, Any]:
     if verify:
         verify_dataset(path)
     facts = describe_dataset(path)
@@ -258,6 +261,8 @@ def export(path: Path | str, destination: Path | str | None = None) -> list[Path
     from turbopump.data.export import export_parquet
 
     dataset = open_dataset(path)
+    if is_url(path) and destination is None:
+        raise UsageError(f"{path} is an address: name the folder to write with --to")
     folder = Path(destination) if destination is not None else Path(f"{str(path).rstrip('/')}.parquet")
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise UsageError(f"{folder} is not an empty folder: give another one with --to")
@@ -269,6 +274,6 @@ def export(path: Path | str, destination: Path | str | None = None) -> list[Path
     return written
 
 
-def inspect_from_command_line(path: Path, *, verify: bool, as_json: bool) -> str:
+def inspect_from_command_line(path: Path | str, *, verify: bool, as_json: bool) -> str:
     facts = inspect(path, verify=verify)
     return to_json(facts, indent=True).decode().rstrip() if as_json else format_facts(facts)

@@ -26,6 +26,7 @@ from turbopump.data.inputs.python import from_python
 from turbopump.data.inputs.recognise import open_input
 from turbopump.data.manifest import Manifest
 from turbopump.data.packing import InputTexts, RecordsTask, Task, TextPartition, TokensTask, run_tasks
+from turbopump.data.remote_files import is_url
 from turbopump.data.writer import SHARD_BYTES, Staging, check_destination
 
 PARTITION_BYTES = (1 << 23, 1 << 28)  # of input: least and most; between them, a 64th of it all
@@ -101,6 +102,11 @@ def pack(
     not fit, unreadable, disk full). A pack that is stopped or killed leaves no dataset, and the same call goes on from
     there.
     """
+    if is_url(destination):
+        raise UsageError(
+            f"{destination} is the address of a store, and pack writes to a local disk: pack to a folder, then upload "
+            f"all its files (e.g. `aws s3 cp --recursive FOLDER {destination}`), and give the address as data.path"
+        )
     destination = Path(destination)
     _check_options(tokenizer, vocab_size, validation, num_processes, shard_bytes)
     check_destination(destination, overwrite)

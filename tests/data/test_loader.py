@@ -420,7 +420,7 @@ class Reversed:
 def test_an_order_may_come_from_the_caller_or_the_source(tmp_path):
     table = Table(tmp_path / "t")
     assert next(Loader(table, global_batch=4, order=Reversed(), start_step=3))[0][1].tolist() == [6, 5, 4, 3]
-    table.make_order = Reversed
+    table.make_order = lambda global_batch, **_: Reversed(global_batch=global_batch)
     assert Loader(table, global_batch=4).ids(1) == [(1, 4), (1, 3), (1, 2), (1, 1)]
 
 

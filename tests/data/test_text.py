@@ -7,8 +7,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from turbopump.core.errors import CorruptDataError, UsageError
+from turbopump.data.format import Dataset
 from turbopump.data.manifest import Field, Manifest, TokenizerEntry
-from turbopump.data.text import ByteTokenizer, _find_words, load_tokenizer, tokenizer_entry, train_bpe
+from turbopump.data.reading import LocalFiles
+from turbopump.data.text import ByteTokenizer, _find_words, tokenizer_entry, train_bpe
 
 TEXTS = [
     'def pump(speed, *, limit=1024):\n    """Turn."""\n    for _ in range(10):\n        return speed + limit\n' * 5,
@@ -70,8 +72,8 @@ def test_a_damaged_tokenizer_is_found(tmp_path, bpe):
     entry = tokenizer_entry(bpe)
     manifest = Manifest("tokens", 1, (Field("tokens", "uint16"),), {}, TokenizerEntry(**vars(entry)))
     (tmp_path / "tokenizer.json").write_bytes(bpe.dumps())
-    loaded = load_tokenizer(tmp_path, manifest)
+    loaded = Dataset(tmp_path, LocalFiles(tmp_path), manifest).tokenizer()
     assert loaded.encode(TEXTS[1]).tolist() == bpe.encode(TEXTS[1]).tolist()
     (tmp_path / "tokenizer.json").write_bytes(bpe.dumps()[:-1] + b" ")
-    with pytest.raises(CorruptDataError, match="differs from the digest"):
-        load_tokenizer(tmp_path, manifest)
+    with pytest.raises(CorruptDataError, match="differs from its checksum"):
+        Dataset(tmp_path, LocalFiles(tmp_path), manifest).tokenizer()

@@ -187,7 +187,8 @@ class LiveConfig:
 
 # What a resumed run may change; any other difference is refused (it would not be the same run).
 CHANGEABLE_ON_RESUME = ("num_steps", "evaluation", "checkpoint", "logging", "launch", "loader.num_workers",
-                        "loader.workers", "loader.prefetch_steps", "data.path")  # fmt: skip
+                        "loader.workers", "loader.prefetch_steps", "data.path", "data.reading",
+                        "data.remote")  # fmt: skip
 
 KIND_TABLES = {"model": "turbopump.models", "data": "turbopump.sources"}
 

@@ -36,6 +36,8 @@ def recipe_reference() -> str:
     for name, group in config.KIND_TABLES.items():
         for kind, cls in kinds(group).items():
             parts += [f'## `[{name}]` with `kind = "{kind}"`\n', f"{_first_line(cls)}\n", _keys_table(cls)]
+            for key, item in _tables(cls):
+                parts += [f"### `[{name}.{key}]`: {_first_line(item)}\n", _keys_table(item)]
             for key, item in _lists_of_tables(cls):
                 parts += [f"### `[[{name}.{key}]]`: {_first_line(item)}\n", _keys_table(item)]
     return "\n".join(parts)
@@ -104,6 +106,8 @@ def _default(item: dataclasses.Field[Any]) -> str:
 
 
 def _literal(value: Any) -> str:
+    if value == {}:
+        return "`{}`"
     return "none" if value is None else _cell(f"`{config.to_toml({'v': value})[4:].strip()}`")
 
 

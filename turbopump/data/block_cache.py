@@ -61,6 +61,19 @@ def default_directory(dataset_digest: str) -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "turbopump" / "blocks" / dataset_digest
 
 
+def bytes_of_cache(num_slots: int, block_bytes: int = BLOCK_BYTES) -> int:
+    """The `cache_bytes` that hold so many blocks, the table included."""
+    return 2 * _HEADER_BYTES + num_slots * (block_bytes + _ROW_BYTES) if num_slots else 0
+
+
+def slots_there(directory: Path) -> int:
+    """How many blocks the cache in `directory` was made for; 0 where there is none."""
+    try:
+        return _sizes(directory / "table")[0]
+    except OSError:
+        return 0
+
+
 class BlockCache:
     """`cache_bytes` of blocks in `directory`, which is made if need be and belongs to one dataset (name it by digest).
 

@@ -10,11 +10,12 @@ import numpy as np
 from turbopump.data.format import Dataset, open_dataset
 from turbopump.data.manifest import Field
 from turbopump.data.ragged import Ragged
-from turbopump.data.text import load_tokenizer
+from turbopump.data.remote_files import RemoteConfig, is_url
 
 SAMPLE_TOKENS = 64
 SHOWN_BYTES = 60
 SHOWN_NUMBERS = 8
+FETCHED_OFFSETS_BYTES = 64 << 20  # of a remote split: more are not fetched to count sizes
 _UNITS = {"bytes": "bytes", "text": "characters"}
 
 
@@ -23,10 +24,10 @@ def describe_dataset(path: Path | str) -> dict[str, Any]:
 
     `splits[name]` has `rows`, `bytes` (on disk), `shards` and, for tokens, `source_bytes`, `bytes_per_token`,
     `documents`, `document_sizes` (a list of (largest size in tokens, documents), in powers of two) and `sample` (the
-    first tokens decoded); for arrays `sample` is the first row as text, and `sizes` the rows by length. Raises
-    `DatasetError` or `CorruptDataError`.
+    first tokens decoded); for arrays `sample` is the first row as text, and `sizes` the rows by length (not of
+    large remote splits: that would fetch all offsets). Raises `DatasetError` or `CorruptDataError`.
     """
-    dataset = open_dataset(path)
+    dataset = open_dataset(path, remote=RemoteConfig(cache_bytes=0) if is_url(path) else None)
     manifest = dataset.manifest
     tokenizer = manifest.tokenizer
     return {
@@ -74,7 +75,7 @@ def _split(dataset: Dataset, name: str) -> dict[str, Any]:
 
 def _sample(dataset: Dataset, name: str) -> str:
     data = dataset.data(name)
-    tokenizer = load_tokenizer(dataset.path, dataset.manifest)
+    tokenizer = dataset.tokenizer()
     if tokenizer is not None:
         return tokenizer.decode(data.windows([0], min(SAMPLE_TOKENS, len(data)))[0])
     values = zip(dataset.manifest.fields, data.batch([0]), strict=True)
@@ -94,6 +95,8 @@ def _shown(field: Field, column: np.ndarray | Ragged) -> str:
 def _sizes(dataset: Dataset, name: str) -> dict[str, list[tuple[int, int]]]:
     """For each field whose rows differ in length: (largest length, rows), in powers of two."""
     data = dataset.data(name)
+    if dataset.remote and 8 * len(data) > FETCHED_OFFSETS_BYTES:
+        return {}
     sizes = {}
     for number, field in enumerate(dataset.manifest.fields):
         if not field.fixed:

@@ -75,6 +75,10 @@ class Store:
         self.hints[shard] = cold
         self.base[shard] = address(memory) if len(memory) else 64  # last: from here on it is in use
 
+    def remove_memory(self, shard: int) -> None:
+        """The opposite; nobody may be reading."""
+        self.base[shard], self.memory[shard] = 0, None
+
 
 def require_room(given_bytes: int, needed_bytes: int) -> None:
     """Compiled code writes where it is told to; raises `UsageError` where that would be past the end."""

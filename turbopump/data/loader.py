@@ -96,7 +96,9 @@ class Loader:
         samples = SampleReader(source, seed, randomness)
         made = source_order(source, global_batch, order=order, seed=seed) if isinstance(order, str) else order
         begin, end = rank * share, (rank + 1) * share
-        self._steps = StepReader(samples, made, begin, end, microbatch or share)
+        self._steps = StepReader(
+            samples, made, begin, end, microbatch or share, _NO_END if num_steps is None else num_steps
+        )
         self.source = source
         self.global_batch = global_batch
         self.step = start_step

@@ -80,6 +80,7 @@ class MixtureConfig:
         if not self.parts:
             return ["parts: none given; name at least one dataset in [[data.parts]]"]
         problems = [f"schedule: {problem}" for problem in schedule_problems(self.weights_by_step, len(self.parts))]
+        problems += [f"parts.{i}.{problem}" for i, part in enumerate(self.parts) for problem in part.problems()]
         for name in ("kind", "seq_len"):
             values = {getattr(part, name, None) for part in self.parts}
             if len(values) > 1:
@@ -179,6 +180,34 @@ class MixtureSource:
         """The name of the source that sample `index` comes from, and its number there."""
         source, local = self._located(index)
         return self.names[source], local
+
+    @property
+    def batches_ahead(self) -> int:
+        """How many batches `prefetch` takes: as many as any of the sources."""
+        return max(getattr(source, "batches_ahead", 0) for source in self.sources)
+
+    @property
+    def samples_ahead(self) -> int:
+        return max(getattr(source, "samples_ahead", 0) for source in self.sources)
+
+    def expect_order(self, order: str, window_samples: int) -> None:
+        for source in self.sources:
+            if hasattr(source, "expect_order"):
+                source.expect_order(order, window_samples)
+
+    def prefetch(self, indices: Sequence[int] | np.ndarray) -> None:
+        """Tell each source of its rows of a batch to come."""
+        rows = np.asarray(indices, np.int64)
+        numbers = np.searchsorted(self.offsets, rows, "right") - 1
+        for number in np.unique(numbers).tolist():
+            if getattr(self.sources[number], "batches_ahead", 0):
+                self.sources[number].prefetch(rows[numbers == number] - self.offsets[number])
+
+    def forget(self) -> None:
+        """Drop what was announced and not read."""
+        for source in self.sources:
+            if getattr(source, "batches_ahead", 0):
+                source.forget()
 
     @property
     def digest(self) -> str:

@@ -162,21 +162,28 @@ class ProcessReaders:
         """A process reads its tasks, one after the other, until its parent has gone or kills it."""
         self._steps.samples.at = self._at[number]
         buffers: list[list[object]] = []
+        has: deque[Task] = deque()
         with suppress(EOFError, OSError):
             while True:
-                task = tasks.recv()
-                results.send_bytes(pickle.dumps(self._read(task, buffers)))
+                while not has or tasks.poll():
+                    has.append(tasks.recv())
+                task = has.popleft()
+                coming = [step for later in has for step in _steps(later)]
+                results.send_bytes(pickle.dumps(self._read(task, coming, buffers)))
                 sys.stdout.flush()  # what a transform prints; this process is killed in the end
 
-    def _read(self, task: Task, buffers: list[list[object]]) -> tuple[Message, Failure | None, float, float]:
+    def _read(
+        self, task: Task, coming: list[int], buffers: list[list[object]]
+    ) -> tuple[Message, Failure | None, float, float]:
         assert self._steps.samples.at is not None
         read: list[object] = []
         failure = None
         begin = time.perf_counter()
         try:
-            for number in range(task.num_steps):
+            for number, step in enumerate(_steps(task)):
                 into = self._steps.kept_buffers(buffers, number)
-                read.append(self._steps.read(task.first_step + number, into, task.one_by_one))
+                following = [*_steps(task)[number + 1 :], *coming]
+                read.append(self._steps.read(step, into, task.one_by_one, following))
         except BaseException as error:  # a value: the parent raises it, at its step
             failure = _failure(error)
         end = time.perf_counter()
@@ -220,6 +227,10 @@ class ProcessReaders:
             return f"at step {worker.has[0].first_step} of {name_of(source)}, between samples"
         more = f" or one of the {count - 1} read with it" if count > 1 else ""
         return f"while reading {described(source, epoch, index)}{more} of {name_of(source)}"
+
+
+def _steps(task: Task) -> range:
+    return range(task.first_step, task.first_step + task.num_steps)
 
 
 def _failure(error: BaseException) -> Failure:

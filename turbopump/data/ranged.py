@@ -3,32 +3,29 @@
 The whole blocks around a batch's rows are fetched, many at once, checked, and the rows copied out of them; `prefetch`
 tells the reader of batches to come. The same batches as `reading` gives. Offsets of rows of different lengths are kept
 in memory for each shard that was used (8 bytes a row). The reader's memory holds one batch, so batches go one by one.
+
+Announcements are advice: a batch that was not announced, or comes before its turn, is read all the same.
 """
 
 from __future__ import annotations
 
-from typing import Any, Protocol
+import warnings
+from contextlib import suppress
+from typing import Any
 
 import numpy as np
 
-from turbopump.core.errors import UsageError
+from turbopump.core.errors import CorruptDataError, DatasetError
 from turbopump.data import gather
 from turbopump.data.gather import Fetched, Result, require_room
 from turbopump.data.manifest import Manifest
 from turbopump.data.ragged import Ragged, offsets_of
+from turbopump.data.ranges import RangeReader
 from turbopump.data.reading import Files, Index, RaggedBuffers, SplitData, widening_of
+from turbopump.data.remote import RemoteReader
+from turbopump.data.remote_files import OrderAdvice
 
-
-class RangeReader(Protocol):
-    """Reads many byte ranges of files at once; see `direct` and `remote`."""
-
-    def open(self, path: str) -> int: ...
-
-    def read(self, handles: np.ndarray, offsets: np.ndarray, lengths: np.ndarray) -> np.ndarray: ...
-
-    def prefetch(self, handles: np.ndarray, offsets: np.ndarray, lengths: np.ndarray) -> None: ...
-
-    def close(self) -> None: ...
+OFFSETS_AT_ONCE = 64  # shards
 
 
 class RangedSplit(SplitData):
@@ -36,9 +33,11 @@ class RangedSplit(SplitData):
 
     ranged = True
 
-    def __init__(self, files: Files, manifest: Manifest, split: str, reader: RangeReader) -> None:
+    def __init__(
+        self, files: Files, manifest: Manifest, split: str, reader: RangeReader, *, batches_ahead: int
+    ) -> None:
         super().__init__(files, manifest, split)
-        self._reader = reader
+        self._reader, self.batches_ahead = reader, batches_ahead
         self._handles = np.full(len(self.shards), -1, np.int32)
         self._offsets = np.array([[at for at, _ in shard.buffers] for shard in self.shards], np.int64)
 
@@ -79,18 +78,39 @@ class RangedSplit(SplitData):
 
     def prefetch(self, index: Index) -> None:
         ids = np.ascontiguousarray(index, np.int64)
-        for number, item in enumerate(self.fields):
-            if item.fixed:
-                shard, row = self._locate(ids)
-                places = shard, row * item.row_bytes, (row + 1) * item.row_bytes
-            else:
-                places = self._ragged_places(number, ids)
-            self._ask(number, 0 if item.fixed else 1, *places)
+        with self._lock, suppress(DatasetError):  # what is wrong with it the read will say
+            for number, item in enumerate(self.fields):
+                if item.fixed:
+                    shard, row = self._locate(ids)
+                    places = shard, row * item.row_bytes, (row + 1) * item.row_bytes
+                else:
+                    places = self._ragged_places(number, ids)
+                self._ask(number, 0 if item.fixed else 1, *places)
 
     def prefetch_windows(self, start: Index, items: int) -> None:
-        shard, first, last, _ = self._pieces(np.ascontiguousarray(start, np.int64), items)
-        size = self.fields[0].item_bytes
-        self._ask(0, 0, shard, first * size, last * size)
+        with self._lock, suppress(DatasetError):
+            shard, first, last, _ = self._pieces(np.ascontiguousarray(start, np.int64), items)
+            size = self.fields[0].item_bytes
+            self._ask(0, 0, shard, first * size, last * size)
+
+    def forget(self) -> None:
+        with self._lock:
+            self._reader.forget()
+
+    def expect_order(self, order: str, window_samples: int, num_samples: int) -> int:
+        """Warns where a store's cache and the order do not go together."""
+        if not isinstance(self._reader, RemoteReader):
+            return 0
+        num_bytes = sum(shard.bytes for shard in self.shards)
+        advice = OrderAdvice(f"split {self._split!r}", num_bytes, num_samples, self._reader)
+        if said := advice.warning(order, window_samples):
+            warnings.warn(said, stacklevel=2)
+        return advice.samples_ahead(order, window_samples)
+
+    def lengths(self, field: int) -> np.ndarray:
+        for first in range(0, len(self.shards), OFFSETS_AT_ONCE):
+            self._load_offsets(field, list(range(first, min(first + OFFSETS_AT_ONCE, len(self.shards)))))
+        return super().lengths(field)
 
     def _locate(self, ids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """(shard, row in it) of rows of the split."""
@@ -113,9 +133,8 @@ class RangedSplit(SplitData):
         number = self._first[field] + buffer
         block = self._manifest.block_bytes
         for one in np.unique(shard[self._handles[shard] < 0]).tolist():
-            with self._lock:
-                self._add_sums(one)
-                self._handles[one] = self._reader.open(self._name(one))
+            entry = self.shards[one]
+            self._handles[one] = self._reader.open(self._files.key(entry.file), entry.bytes)
         first = begin // block
         stop = np.minimum(-(-end // block) * block, self._stores[number].sizes[shard])
         offsets = self._offsets[shard, number] + first * block
@@ -131,32 +150,19 @@ class RangedSplit(SplitData):
             shard, begin, end, to, ids = shard[some], begin[some], end[some], to[some], ids[some]
         if not len(shard):
             return
-        handles, offsets, lengths, first, skip = self._blocks(field, buffer, shard, begin, end)
         store = self._stores[self._first[field] + buffer]
         item_bytes = self.fields[field].item_bytes if wide else 1
         with self._lock:
-            for attempt in range(2):
-                at = self._read(handles, offsets, lengths)
+            self._add_sums(np.unique(shard).tolist())
+            handles, offsets, lengths, first, skip = self._blocks(field, buffer, shard, begin, end)
+            for read in (self._reader.read, self._reader.refetch):  # a copy may be damaged where the original is not
+                at = read(handles, offsets, lengths)
                 ranges = Fetched(at, shard, first, lengths, skip, end - begin, np.ascontiguousarray(to))
                 result = Result()
                 self._kernels.fetched(store, ranges, item_bytes, wide, out, result)
-                again = getattr(self._reader, "refetch", None)
-                if result.status == gather.OK or again is None or attempt:
+                if result.status == gather.OK:
                     break
-                again(handles, offsets, lengths)  # a copy on the way may be damaged where the original is not
         self._raise(field, result, ids)
-
-    def _read(self, handles: np.ndarray, offsets: np.ndarray, lengths: np.ndarray) -> np.ndarray:
-        """Reads; where others were prefetched (by a loader that was closed, or for rows asked for in another order),
-        those are dropped."""
-        try:
-            return self._reader.read(handles, offsets, lengths)
-        except UsageError:
-            cancel = getattr(self._reader, "cancel", None)
-            if cancel is None:
-                raise
-            cancel()
-            return self._reader.read(handles, offsets, lengths)
 
     def _pieces(self, start: np.ndarray, items: int) -> tuple[np.ndarray, ...]:
         """Shard, first and last item in it, and place in the output of the pieces of windows."""
@@ -178,8 +184,9 @@ class RangedSplit(SplitData):
         """Shard and bytes [begin, end) of the values of rows, from the offsets."""
         shard, row = self._locate(ids)
         pairs = np.empty((len(ids), 2), np.int64)
-        for one in np.unique(shard).tolist():
-            self.check_shard(field, one, buffers=1)
+        shards = np.unique(shard).tolist()
+        self._load_offsets(field, shards)
+        for one in shards:
             offsets = self._whole(field, 0, one).view(np.int64)
             mine = shard == one
             pairs[mine, 0], pairs[mine, 1] = offsets[row[mine]], offsets[row[mine] + 1]
@@ -190,3 +197,29 @@ class RangedSplit(SplitData):
             place = int(np.argmax(bad))
             self._raise(field, Result(gather.BAD_OFFSETS, place, int(shard[place])), ids)
         return shard, pairs[:, 0] * size, pairs[:, 1] * size
+
+    def _load_offsets(self, field: int, shards: list[int]) -> None:
+        """The offsets of a field in these shards, checked; those of a store several at once."""
+        number = self._first[field]
+        store = self._stores[number]
+        with self._lock:
+            for last in (not self._files.refetches, True):
+                todo = [i for i in shards if store.memory[i] is None] if self._files.refetches else []
+                self._add_sums(todo)
+                wanted = [(self.shards[i].file, *self.shards[i].buffers[number]) for i in todo]
+                for i, memory in zip(todo, self._files.parts(wanted), strict=True):
+                    store.add_memory(i, memory, False)
+                damaged = [i for i in shards if not self._is_whole(field, i, say=last)]
+                if not damaged:
+                    return
+                for i in damaged:
+                    store.remove_memory(i)
+
+    def _is_whole(self, field: int, shard: int, *, say: bool) -> bool:
+        try:
+            self.check_shard(field, shard, buffers=1)
+            return True
+        except CorruptDataError:
+            if say:
+                raise
+            return False

@@ -11,7 +11,7 @@ import ctypes
 import mmap
 import os
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -31,7 +31,11 @@ RESIDENT_SHARE = 0.9  # of a shard's pages: with fewer in memory its pages are a
 
 
 class Files(Protocol):
-    """Where the files of a dataset are."""
+    """Where the files of a dataset are. `refetches`: what differs from its checksum may be right when it is fetched
+    once more; `restore` is what to do where it is not."""
+
+    restore: str
+    refetches: bool
 
     def buffer(self, shard: ShardEntry, offset: int, size: int) -> tuple[np.ndarray, bool]:
         """Part of a shard in memory, uint8 [size], and whether its pages may have to be read first."""
@@ -41,13 +45,28 @@ class Files(Protocol):
         """A copy of some bytes of a file."""
         ...
 
+    def parts(self, wanted: Iterable[tuple[str, int, int]]) -> Iterator[np.ndarray]:
+        """`part` of each (file, offset, bytes), in order."""
+        ...
+
+    def whole(self, file: str) -> bytes:
+        """A small file."""
+        ...
+
     def location(self, file: str) -> str:
-        """What a range reader opens, and errors name."""
+        """What errors name."""
+        ...
+
+    def key(self, file: str) -> str:
+        """What a range reader opens."""
         ...
 
 
 class LocalFiles:
     """A directory. Shards are mapped whole, when first used, for as long as the dataset is open."""
+
+    refetches = False
+    restore = RESTORE
 
     def __init__(self, path: Path) -> None:
         self._path = path
@@ -55,6 +74,17 @@ class LocalFiles:
 
     def location(self, file: str) -> str:
         return str(self._path / file)
+
+    key = location
+
+    def whole(self, file: str) -> bytes:
+        try:
+            return (self._path / file).read_bytes()
+        except OSError as error:
+            raise CorruptDataError(f"{self._path / file} is missing or unreadable: {error.strerror}") from error
+
+    def parts(self, wanted: Iterable[tuple[str, int, int]]) -> Iterator[np.ndarray]:
+        return (self.part(*one) for one in wanted)
 
     def buffer(self, shard: ShardEntry, offset: int, size: int) -> tuple[np.ndarray, bool]:
         if shard.file not in self._maps:
@@ -132,8 +162,8 @@ class SplitData:
 
     def rows(self, field: int, index: Index, out: np.ndarray | None = None) -> np.ndarray:
         """Rows of a field of fixed shape: [n, *shape], into `out` where it is given."""
-        plain = out is not None and type(index) is np.ndarray and index.dtype is _INT64
-        if plain and not self._quick_rows[field](index, out):  # 256 small rows take few us: so must what is around them
+        plain = type(index) is np.ndarray and index.dtype is _INT64
+        if plain and out is not None and not self._quick_rows[field](index, out):  # few us for small rows
             return out
         item, ids = self.fields[field], as_ids(index)
         if out is None:
@@ -211,6 +241,10 @@ class SplitData:
     def forget(self) -> None:
         """Drop what was announced and not read."""
 
+    def expect_order(self, order: str, window_samples: int, num_samples: int) -> int:
+        """Learn the order of the reads to come: how many samples to announce beyond `batches_ahead` batches."""
+        return 0
+
     # ---- whole shards --------------------------------------------------------------------------------------------
 
     def shard_rows(self, field: int, shard: int) -> np.ndarray | Ragged:
@@ -222,7 +256,9 @@ class SplitData:
             return values.reshape(entry.rows, *item.shape)
         offsets = self._whole(field, 0, shard).view(np.int64)
         if offsets[0] != 0 or (np.diff(offsets) < 0).any() or offsets[-1] * item.row_bytes > values.nbytes:
-            raise CorruptDataError(f"{self._name(shard)}: the offsets of {item.name!r} are not in order: {RESTORE}")
+            raise CorruptDataError(
+                f"{self._name(shard)}: the offsets of {item.name!r} are not in order: {self._files.restore}"
+            )
         return Ragged(values.reshape(-1, *item.shape), offsets, item.kind)  # type: ignore[arg-type]
 
     def check_shard(self, field: int, shard: int, buffers: int = 2) -> None:
@@ -238,7 +274,7 @@ class SplitData:
     def bad_blocks(self, shard: int, buffer: int, first: int, data: np.ndarray) -> list[str]:
         """What is wrong with `data`, uint8: blocks from `first` on of a shard's buffer (numbered over all fields)."""
         with self._lock:
-            self._add_sums(shard)
+            self._add_sums([shard])
         sums = self._kernels.sums(data, self._manifest.block_bytes)
         expected = self._stores[buffer].sums[shard]
         assert expected is not None  # just added
@@ -262,27 +298,43 @@ class SplitData:
             return found
         with self._lock:
             if store.memory[shard] is None:
-                self._add_sums(shard)
+                self._add_sums([shard])
                 offset, size = self.shards[shard].buffers[number]
                 memory, cold = self._files.buffer(self.shards[shard], offset, size)
                 store.add_memory(shard, memory, cold)
             memory = store.memory[shard]  # type: ignore[assignment]
             return memory
 
-    def _add_sums(self, shard: int) -> None:
-        """The checksums of a shard, themselves checked, to the stores of all its buffers."""
-        if self._stores[0].sums[shard] is not None:
-            return
-        begin, end = int(self._sums_at[shard]), int(self._sums_at[shard + 1])
+    def _add_sums(self, shards: Sequence[int]) -> None:
+        """The checksums of shards, themselves checked, to the stores of all their buffers."""
+        todo = [shard for shard in shards if self._stores[0].sums[shard] is None]
         name = sums_name(self._split)
-        sums = self._files.part(name, 8 * begin, 8 * (end - begin)).view(np.uint64)
-        if digest(sums.data) != self.shards[shard].sums_xxh3:
-            raise CorruptDataError(
-                f"{self._files.location(name)}: the checksums of {self.shards[shard].file} are damaged: {RESTORE}"
-            )
+        for last in (not self._files.refetches, True):
+            wanted = [(name, 8 * int(self._sums_at[i]), 8 * int(self._sums_at[i + 1] - self._sums_at[i])) for i in todo]
+            damaged = []
+            for shard, part in zip(todo, self._files.parts(wanted), strict=True):
+                if digest(part.data) == self.shards[shard].sums_xxh3:
+                    self._divide_sums(shard, part.view(np.uint64))
+                else:
+                    damaged.append(shard)
+            todo = damaged
+            if not todo:
+                return
+            if last:
+                file = self.shards[todo[0]].file
+                raise CorruptDataError(
+                    f"{self._files.location(name)}: the checksums of {file} are damaged: {self._files.restore}"
+                )
+
+    def _divide_sums(self, shard: int, sums: np.ndarray) -> None:
         at = offsets_of([int(store.blocks[shard]) for store in self._stores])
-        for number, store in enumerate(self._stores):
+        for number, store in list(enumerate(self._stores))[::-1]:  # the first one last: it tells that all are there
             store.add_sums(shard, sums[at[number] : at[number + 1]])
+
+    def release(self, shard: int) -> None:
+        """Let go of a shard's memory, where one after the other is fetched. Not while another thread reads."""
+        for store in self._stores:
+            store.remove_memory(shard)
 
     def _run(self, field: int, work: Any, ids: np.ndarray) -> Result:
         """Run a kernel, mapping what it misses, until it has done the batch; raises what it found."""
@@ -309,13 +361,13 @@ class SplitData:
         name, item = self._name(result.shard), self.fields[field]
         row = f", met at row {int(ids[result.place])} of the split" if ids is not None else ""
         if result.status == gather.CUT_SHORT:
-            return f"{name} was cut short or its disk failed while it was read{row}: {RESTORE}"
+            return f"{name} was cut short or its disk failed while it was read{row}: {self._files.restore}"
         if result.status == gather.BAD_OFFSETS:
-            return f"{name}: the offsets of {item.name!r} are not in order{row}: {RESTORE}"
+            return f"{name}: the offsets of {item.name!r} are not in order{row}: {self._files.restore}"
         begin = result.block * self._manifest.block_bytes
         return (
             f"{name}: block {result.block} of {item.name!r} (from byte {begin} of its values) differs from its "
-            f"checksum{row}: {RESTORE}"
+            f"checksum{row}: {self._files.restore}"
         )
 
     def _name(self, shard: int) -> str:

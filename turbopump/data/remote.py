@@ -66,6 +66,20 @@ class RemoteReader:
         self._objects = Objects(store, block)
         self._start()
 
+    @property
+    def block_bytes(self) -> int:
+        return self._block_bytes
+
+    @property
+    def cache_bytes(self) -> int:
+        """What the cache holds."""
+        return self._cache.num_slots * self._block_bytes
+
+    @property
+    def ahead_bytes(self) -> int:
+        """What may be in the cache of what was prefetched and not yet read."""
+        return self._most_ahead * self._block_bytes
+
     def _start(self) -> None:
         self._pid = os.getpid()
         self._arena = Arena()

@@ -54,12 +54,14 @@ def write_shard(
     return entry, all_sums
 
 
-def not_as_described(file: Path, shard: ShardEntry, fields: Sequence[Field]) -> list[str]:
-    """What any Arrow tool would see in a shard that differs from its entry and the fields."""
+def not_as_described(
+    file: str, shard: ShardEntry, fields: Sequence[Field], whole: np.ndarray | None = None
+) -> list[str]:
+    """What any Arrow tool would see in a shard (in its bytes, if given) that differs from its entry and the fields."""
     import pyarrow as pa
 
     try:
-        with pa.memory_map(str(file)) as source:
+        with pa.memory_map(file) if whole is None else pa.BufferReader(pa.py_buffer(whole)) as source:
             reader = pa.ipc.open_file(source)
             rows, found = reader.get_batch(0).num_rows, reader.schema
     except (pa.ArrowException, OSError) as error:

@@ -1,12 +1,13 @@
 """Which order a source is read in: the settings of `[loader]`, and what the source itself says about it.
 
-A source may have either of two optional members:
+A source may have any of these optional members:
 
 - `make_order(global_batch, *, order, seed, block_samples, window_blocks) -> StepOrder`: it makes its own order (a
   mixture draws from its parts). The indices of that order are the source's; it raises `UsageError` for an `order` it
   does not know.
 - `lengths`: one whole number a sample (an array or a memory map), from which "bucketed" makes its batches; and
   `sorted_index`, where it keeps `buckets.sorted_by_length(lengths)`.
+- `expect_order(order, window_samples)`: it is told, to read ahead as far as the order needs.
 """
 
 from __future__ import annotations
@@ -29,6 +30,8 @@ def source_order(
     num_buckets: int = NUM_BUCKETS,
 ) -> StepOrder:
     """The order of a run over `source`; raises `UsageError` where the source cannot be read in it."""
+    if hasattr(source, "expect_order"):
+        source.expect_order(order, block_samples * window_blocks)
     make_order = getattr(source, "make_order", None)
     if make_order is not None:
         return make_order(

@@ -11,7 +11,8 @@ A source is a map-style dataset (PyTorch's and Grain's sense): `__len__`, `__get
 - Samples are numpy values (no torch here), fresh arrays that the caller may write to; sources survive `fork`.
 - `batch_buffers(rows)` and `__getitems__(indices, out=buffers)`, where they are: memory for batches of up to `rows`
   samples, used again for each. `releases_gil`: batches may be read in several threads at once.
-- `batches_ahead`, `prefetch(indices)`, `forget()`: so many batches may be announced before they are read, in order.
+- `batches_ahead`, `prefetch(indices)`, `forget()`: so many batches may be announced before they are read, in order;
+  also `samples_ahead`, in samples. `expect_order(order, window_samples)` tells the order before anything is read.
 - `locate(index)` says where a sample is stored, for errors; `lengths` holds each sample's length, for buckets.
 """
 
@@ -21,7 +22,6 @@ from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path
 from typing import Any, Literal, Protocol
 
 import numpy as np
@@ -32,9 +32,10 @@ from turbopump.core.plugins import SourceKind
 from turbopump.data import media, text
 from turbopump.data.aligned import aligned_empty
 from turbopump.data.digits import DigitsConfig, open_digits
-from turbopump.data.format import Dataset, Reading, concatenated, open_dataset
-from turbopump.data.manifest import Field, read_manifest
+from turbopump.data.format import Dataset, Reading, concatenated, open_dataset, read_any_manifest
+from turbopump.data.manifest import Field, Manifest
 from turbopump.data.ragged import Ragged
+from turbopump.data.remote_files import RemoteConfig
 from turbopump.data.tones import TonesConfig, TonesSource, tones_shape
 
 
@@ -46,6 +47,8 @@ class RandomAccessDataSource(Protocol):
     def __getitem__(self, index: int) -> Any: ...
 
 
+_PATH = "the dataset directory that `turbopump pack` wrote, or its address, e.g. `s3://bucket/prefix`"
+_REMOTE = "how a dataset at an address is reached, and its cache"
 _READING = (
     "`mapped` into memory, `direct` past the page cache, or `auto`: direct where the data fills most of the memory"
 )
@@ -56,12 +59,17 @@ class TokensConfig:
     """Windows of a packed stream of tokens, for language models."""
 
     kind: Literal["tokens"] = setting("tokens", "windows of a packed stream of tokens")
-    path: str = setting(doc="the dataset directory that `turbopump pack` wrote")
+    path: str = setting(doc=_PATH)
     seq_len: PositiveInt = setting(256, "tokens a sample is trained on; a sample holds one more, the last target")
     boundaries: bool = setting(
         False, "also give each token's document within its window, for attention within documents"
     )
     reading: Reading = setting("auto", _READING)
+    remote: RemoteConfig = setting(RemoteConfig, _REMOTE)
+
+    def problems(self) -> list[str]:
+        """What does not hold between the settings."""
+        return self.remote.problems()
 
 
 class TokensSource:
@@ -78,7 +86,7 @@ class TokensSource:
         self._config, self._split = config, split
         self.name = f"tokens {config.path} ({split})"
         self.seq_len = config.seq_len
-        self._dataset = _open_kind(config.path, "tokens", config.reading)
+        self._dataset = _open_kind(config)
         self.digest = self._dataset.manifest.digest
         entry = self._dataset.split(split)
         self.num_tokens = entry.rows
@@ -130,6 +138,12 @@ class TokensSource:
         """How many batches `prefetch` takes before they are read: none where shards are mapped."""
         return self._data.batches_ahead
 
+    samples_ahead = 0
+
+    def expect_order(self, order: str, window_samples: int) -> None:
+        """Learn the order of the reads to come; warns where a store's cache does not go with it."""
+        self.samples_ahead = self._data.expect_order(order, window_samples, len(self))
+
     def forget(self) -> None:
         """Drop what was announced and not read."""
         self._data.forget()
@@ -145,7 +159,7 @@ class TokensSource:
     @property
     def tokenizer(self) -> text.Tokenizer:
         if self._tokenizer is None:
-            self._tokenizer = text.load_tokenizer(self._dataset.path, self._dataset.manifest)
+            self._tokenizer = self._dataset.tokenizer()
             assert self._tokenizer is not None  # __init__ has seen its entry
         return self._tokenizer
 
@@ -170,9 +184,14 @@ class ArraysConfig:
     """Rows of packed arrays, e.g. inputs and targets from an `.npz` file."""
 
     kind: Literal["arrays"] = setting("arrays", "rows of packed arrays")
-    path: str = setting(doc="the dataset directory that `turbopump pack` wrote")
+    path: str = setting(doc=_PATH)
     reading: Reading = setting("auto", _READING)
     decode: bool = setting(True, "decode images and audio; else their encoded bytes are the sample")
+    remote: RemoteConfig = setting(RemoteConfig, _REMOTE)
+
+    def problems(self) -> list[str]:
+        """What does not hold between the settings."""
+        return self.remote.problems()
 
 
 class ArraysSource:
@@ -187,7 +206,7 @@ class ArraysSource:
     def __init__(self, config: ArraysConfig, split: str) -> None:
         self._config, self._split = config, split
         self.name = f"arrays {config.path} ({split})"
-        self._dataset = _open_kind(config.path, "arrays", config.reading)
+        self._dataset = _open_kind(config)
         self.digest = self._dataset.manifest.digest
         self._data = self._dataset.data(split)
         self.fields = self._dataset.manifest.fields
@@ -232,6 +251,12 @@ class ArraysSource:
         """How many batches `prefetch` takes before they are read: none where shards are mapped."""
         return self._data.batches_ahead
 
+    samples_ahead = 0
+
+    def expect_order(self, order: str, window_samples: int) -> None:
+        """Learn the order of the reads to come; warns where a store's cache does not go with it."""
+        self.samples_ahead = self._data.expect_order(order, window_samples, len(self))
+
     def forget(self) -> None:
         """Drop what was announced and not read."""
         self._data.forget()
@@ -268,17 +293,30 @@ def _stacked(arrays: list[np.ndarray]) -> np.ndarray | list[np.ndarray]:
     return np.stack(arrays) if len({array.shape for array in arrays}) == 1 else arrays
 
 
-def _open_kind(path: str, kind: str, reading: Reading = "auto") -> Dataset:
-    dataset = open_dataset(path, reading)
-    if dataset.manifest.kind != kind:
-        raise DatasetError(f"{path} holds {dataset.manifest.kind}, not {kind}: set data.kind to match, or pack it anew")
+def _open_kind(config: TokensConfig | ArraysConfig) -> Dataset:
+    dataset = open_dataset(config.path, config.reading, config.remote)
+    _check_kind(dataset.manifest, config)
     return dataset
+
+
+def manifest_of(config: TokensConfig | ArraysConfig) -> Manifest:
+    """The manifest of a recipe's dataset. Raises `DatasetError`, where it is of another kind, too."""
+    manifest = read_any_manifest(config.path, config.remote)
+    _check_kind(manifest, config)
+    return manifest
+
+
+def _check_kind(manifest: Manifest, config: TokensConfig | ArraysConfig) -> None:
+    if manifest.kind != config.kind:
+        raise DatasetError(
+            f"{config.path} holds {manifest.kind}, not {config.kind}: set data.kind to match, or pack it anew"
+        )
 
 
 def tokens_shape(config: TokensConfig) -> Mapping[str, int]:
     """`seq_len`, and `vocab_size` where the dataset is there to tell."""
     with suppress(DatasetError):  # sizes and FLOPs need no data; opening it says what is wrong with it
-        tokenizer = read_manifest(Path(config.path)).tokenizer
+        tokenizer = read_any_manifest(config.path, config.remote).tokenizer
         if tokenizer is not None:
             return {"seq_len": config.seq_len, "vocab_size": tokenizer.vocab_size}
     return {"seq_len": config.seq_len}
@@ -286,7 +324,7 @@ def tokens_shape(config: TokensConfig) -> Mapping[str, int]:
 
 def arrays_shape(config: ArraysConfig) -> Mapping[str, int]:
     """Sizes of the first field: `channels`, `height`, `width` of an image, `features` of a vector, else by number."""
-    shape = _open_kind(config.path, "arrays").manifest.fields[0].shape
+    shape = manifest_of(config).fields[0].shape
     names = {1: ("features",), 3: ("channels", "height", "width")}.get(len(shape), [f"dim{i}" for i in range(9)])
     return dict(zip(names, shape, strict=False))
 

@@ -9,8 +9,10 @@ from __future__ import annotations
 
 import random
 import threading
-from collections.abc import Iterator, Mapping
+from collections import deque
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from itertools import chain, islice
 from typing import Any, Literal, Protocol
 
 import numpy as np
@@ -105,14 +107,19 @@ class SampleReader:
 class StepReader:
     """Reads the steps of one rank: samples `begin` to `end` of each global batch, `microbatch` at a time."""
 
-    def __init__(self, samples: SampleReader, order: StepOrder, begin: int, end: int, microbatch: int) -> None:
+    def __init__(
+        self, samples: SampleReader, order: StepOrder, begin: int, end: int, microbatch: int, end_step: int = 1 << 62
+    ) -> None:
         self.samples = samples
-        self._order = order
+        self._order, self._end_step = order, end_step
         self._order_lock = threading.Lock()  # an order keeps the steps it has just computed
         self._microbatch = microbatch
         self._cuts = [(first, first + microbatch) for first in range(begin, end, microbatch)]
-        self._ahead: int = getattr(samples.source, "batches_ahead", 0)
-        self._read = self._announced = -1  # number of the microbatch read last, and announced last
+        source = samples.source
+        in_samples = -(-getattr(source, "samples_ahead", 0) // microbatch)
+        self._ahead = max(getattr(source, "batches_ahead", 0), in_samples)
+        self._announced: deque[int] = deque()  # microbatches by number, announced and not yet read
+        self._announcing = threading.Lock()
 
     def ids(self, step: int) -> tuple[np.ndarray, np.ndarray]:
         """Epochs and sample indices of a step's global batch, int64 [global_batch] each."""
@@ -126,8 +133,12 @@ class StepReader:
             kept.append([make(self._microbatch) for _ in self._cuts])
         return kept[number]
 
-    def read(self, step: int, buffers: list[Any] | None = None, one_by_one: bool = False) -> list[Any]:
-        """The microbatches of a step. `one_by_one` first reads each sample alone."""
+    def read(
+        self, step: int, buffers: list[Any] | None = None, one_by_one: bool = False,
+        coming: Sequence[int] | None = None,
+    ) -> list[Any]:  # fmt: skip
+        """The microbatches of a step. `one_by_one` first reads each sample alone. `coming`: the steps that this reader
+        will read next; by default all that follow."""
         epochs, indices = self.ids(step)
         if one_by_one:
             for a, b in self._cuts:
@@ -136,21 +147,32 @@ class StepReader:
         batches = []
         for number, ((a, b), memory) in enumerate(zip(self._cuts, into, strict=True)):
             if self._ahead and not one_by_one:
-                self._announce(step * len(self._cuts) + number)
+                self._announce(step * len(self._cuts) + number, coming)
             batches.append(self.samples.read(epochs[a:b], indices[a:b], memory))
         return batches
 
-    def _announce(self, microbatch: int) -> None:
+    def _announce(self, microbatch: int, coming: Sequence[int] | None) -> None:
         """Tell a source that fetches (from disk, from a store) of the microbatches to come, each once and in order."""
-        if microbatch != self._read + 1 or self._announced < self._read:
-            self.samples.source.forget()
-            self._announced = microbatch - 1
-        for coming in range(self._announced + 1, microbatch + self._ahead):
-            step, number = divmod(coming, len(self._cuts))
-            a, b = self._cuts[number]
-            self.samples.source.prefetch(self.ids(step)[1][a:b])
-            self._announced = coming
-        self._read = microbatch
+        with self._announcing:
+            numbers = self._numbers(microbatch, coming)
+            if not self._announced or any(a != b for a, b in zip(self._announced, numbers)):
+                self.samples.source.forget()
+                self._announced.clear()
+            for number in numbers[len(self._announced) :]:
+                step, part = divmod(number, len(self._cuts))
+                a, b = self._cuts[part]
+                self.samples.source.prefetch(self.ids(step)[1][a:b])
+                self._announced.append(number)
+            self._announced.popleft()  # it is read now
+
+    def _numbers(self, microbatch: int, coming: Sequence[int] | None) -> Sequence[int]:
+        """The microbatches that are read from `microbatch` on, as far as they are to be announced."""
+        cuts = len(self._cuts)
+        if coming is None:
+            return range(microbatch, min(microbatch + self._ahead, max(self._end_step * cuts, microbatch + 1)))
+        rest = range(microbatch, (microbatch // cuts + 1) * cuts)
+        following = (step * cuts + part for step in coming for part in range(cuts))
+        return list(islice(chain(rest, following), self._ahead))
 
 
 def name_of(source: Any) -> str:

@@ -112,10 +112,13 @@ class Store:
 
     def get_range(self, key: str, begin: int, end: int) -> bytes:
         """Bytes [begin, end) of an object."""
+        return self.start_range(key, begin, end).result()
+
+    def start_range(self, key: str, begin: int, end: int) -> Future[bytes]:
+        """The same without waiting."""
         if not 0 <= begin < end:
             raise UsageError(f"{self.url}/{key}: no such range: {begin}..{end}")
-        data: bytes = self._ask("range", key, begin, end)
-        return data
+        return self._send("range", key, begin, end, 0)
 
     def list(self, prefix: str = "") -> list[tuple[str, int]]:
         """(key, bytes) of every object below `prefix`, in order of the keys. `UsageError` for plain HTTP."""

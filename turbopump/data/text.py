@@ -11,14 +11,13 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Sequence
-from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
 import numpy as np
 
 from turbopump.core.errors import CorruptDataError, UsageError
 from turbopump.core.files import digest, to_json
-from turbopump.data.manifest import Manifest, TokenizerEntry
+from turbopump.data.manifest import TokenizerEntry
 
 TOKENIZER_NAME = "tokenizer.json"
 SEPARATOR = "<|document|>"
@@ -200,31 +199,14 @@ def tokenizer_entry(tokenizer: Tokenizer) -> TokenizerEntry:
 
 
 def from_data(kind: str, data: bytes) -> Tokenizer:
-    """The tokenizer whose `tokenizer.json` holds `data`."""
+    """The tokenizer whose `tokenizer.json` holds `data`; raises `CorruptDataError` where that is none."""
     if kind == "bytes":
         return ByteTokenizer()
     if kind == "bpe":
-        return BpeTokenizer(data)
+        try:
+            return BpeTokenizer(data)
+        except BaseException as error:  # the library's own have no other type; its panics are not even an `Exception`
+            if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+                raise
+            raise CorruptDataError(f"{TOKENIZER_NAME} is no tokenizer ({error}): pack the dataset again") from error
     raise UsageError(f"no tokenizer kind {kind!r} (known: bytes, bpe)")
-
-
-def load_tokenizer(path: Path, manifest: Manifest) -> Tokenizer | None:
-    """The tokenizer stored in the dataset `path`, or None where it has none; raises `CorruptDataError`."""
-    entry: Any = manifest.tokenizer
-    if entry is None:
-        return None
-    file = path / entry.file
-    try:
-        data = file.read_bytes()
-    except OSError as error:
-        raise CorruptDataError(f"{file} is missing or unreadable: {error.strerror}") from error
-    if digest(data) != entry.digest:
-        raise CorruptDataError(f"{file} differs from the digest in the manifest: restore it or pack the dataset again")
-    try:
-        return from_data(entry.kind, data)
-    except UsageError:
-        raise
-    except BaseException as error:  # the library's own have no other type; its panics are not even an `Exception`
-        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
-            raise
-        raise CorruptDataError(f"{file} is no tokenizer ({error}): pack the dataset again") from error

@@ -153,10 +153,10 @@ def _sample_bytes(config: Config, shape: Mapping[str, int]) -> int:
         vocab = shape.get("vocab_size", getattr(config.model, "vocab_size", 0))
         return (shape["seq_len"] + 1) * (1 if vocab <= 256 else 2 if vocab <= SMALL_VOCAB else 4)
     if config.data.kind == "arrays":
-        from turbopump.data.manifest import read_manifest
+        from turbopump.data.sources import manifest_of
 
         try:
-            fields = read_manifest(Path(config.data.path)).fields
+            fields = manifest_of(config.data).fields
         except DatasetError:
             return 0
         return sum(item.row_bytes for item in fields)
