@@ -209,7 +209,10 @@ def run_tasks(
 
 def _write(task: Task, number: int, partition: Any, staging: Staging, shard_bytes: int, tick: Tick) -> PartEntry:
     writer = PartWriter(staging.directory, number, task.fields, shard_bytes=shard_bytes, shown=staging.path)
-    return writer.finish(task.write(partition, writer, tick))
+    try:
+        return writer.finish(task.write(partition, writer, tick))
+    finally:
+        writer.abort()
 
 
 class _Pool:

@@ -14,6 +14,7 @@ import os
 import shutil
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -86,6 +87,8 @@ class PartWriter:
         self.fields = checked_fields(fields)
         self._shard_bytes, self._block_bytes = shard_bytes, block_bytes
         self._splits: dict[str, _Pending] = {}
+        self._thread: ThreadPoolExecutor | None = None
+        self._writing: Future[None] | None = None
 
     def append(
         self,
@@ -132,21 +135,42 @@ class PartWriter:
         return sizes
 
     def _write(self, split: str, pending: _Pending) -> None:
+        """Hand the rows that wait to the thread that writes: joining, hashing and the disk go on beside the reading."""
+        self._wait()
         file = self._staging / f"part-{self._part:06d}-{len(pending.shards):03d}-{split}.arrow"
-        columns = [_joined(parts) for parts in pending.parts]
-        try:
-            entry, sums = write_shard(file, self.fields, columns, self._block_bytes)
-        except OSError as error:
-            raise DatasetError(explain_os_error(error, self._shown)) from error
+        if self._thread is None:
+            self._thread = ThreadPoolExecutor(1, "turbopump-writer")
+        self._writing = self._thread.submit(self._store, file, pending.parts, pending)
+        pending.parts, pending.rows, pending.bytes = [[] for _ in self.fields], 0, 0
+
+    def _store(self, file: Path, parts: Sequence[list[Column]], pending: _Pending) -> None:
+        entry, sums = write_shard(file, self.fields, [_joined(column) for column in parts], self._block_bytes)
+        _fsync(file)
         pending.shards.append(entry)
         pending.sums.append(sums)
-        pending.parts, pending.rows, pending.bytes = [[] for _ in self.fields], 0, 0
+
+    def _wait(self) -> None:
+        """Until the shard under way is written: two of them are in memory at most."""
+        writing, self._writing = self._writing, None
+        try:
+            if writing is not None:
+                writing.result()
+        except OSError as error:
+            raise DatasetError(explain_os_error(error, self._shown)) from error
+
+    def abort(self) -> None:
+        """End the thread; what it was writing is nobody's. Harmless after `finish`."""
+        if self._thread is not None:
+            self._thread.shutdown(wait=True, cancel_futures=True)
+            self._thread = None
 
     def finish(self, skipped: int = 0) -> PartEntry:
         """Write what is pending, then the files that make the part whole."""
         for name, pending in sorted(self._splits.items()):
             if pending.rows:
                 self._write(name, pending)
+        self._wait()
+        self.abort()
         sums = [array for _, pending in sorted(self._splits.items()) for array in pending.sums]
         splits = {
             name: SplitEntry(
@@ -433,6 +457,7 @@ class DatasetWriter:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        self._part.abort()
         self._staging.discard()
 
 

@@ -37,13 +37,19 @@ class ArraysInput(FileInput):
     def read_part(self, part: Part) -> Iterator[tuple[Chunk, Keys]]:
         with reading(part.file, "numpy arrays"):
             arrays = {item.name: array for item, array in _load(part.file, self.selection).items()}
-            row_bytes = max(1, sum(a.itemsize * int(np.prod(a.shape[1:])) for a in arrays.values()))
-            step = max(1, ROWS_AT_ONCE_BYTES // row_bytes)
-            for begin in range(part.begin, part.end, step):
-                end = min(begin + step, part.end)
-                first = part.first_row + begin - part.begin
-                chunk = {n: _native(array[begin:end]) for n, array in arrays.items()}
-                yield chunk, np.arange(first, first + end - begin, dtype=np.uint64)
+            yield from chunks_of_arrays(arrays, part.begin, part.end, part.first_row)
+
+
+def chunks_of_arrays(
+    arrays: Mapping[str, np.ndarray], begin: int, end: int, first_row: int
+) -> Iterator[tuple[Chunk, Keys]]:
+    """Rows `begin` to `end` as views where the dtype is stored as it is; keys are row numbers from `first_row` on."""
+    row_bytes = max(1, sum(a.itemsize * int(np.prod(a.shape[1:])) for a in arrays.values()))
+    step = max(1, ROWS_AT_ONCE_BYTES // row_bytes)
+    for at in range(begin, end, step):
+        stop = min(at + step, end)
+        first = first_row + at - begin
+        yield {n: _native(a[at:stop]) for n, a in arrays.items()}, np.arange(first, first + stop - at, dtype=np.uint64)
 
 
 def arrays_input(files: tuple[InputFile, ...], selection: Selection) -> ArraysInput:
@@ -86,13 +92,13 @@ def _load(file: InputFile, selection: Selection) -> dict[Field, np.ndarray]:
     lengths = {name: len(array) for name, array in wanted.items()}
     if len(set(lengths.values())) > 1:
         raise DatasetError(f"{file.path}: the arrays have different numbers of rows: {lengths}")
-    return {_field(name, array, file): array for name, array in wanted.items()}
+    return {field_of_array(name, array, file.path): array for name, array in wanted.items()}
 
 
-def _field(name: str, array: np.ndarray, file: InputFile) -> Field:
+def field_of_array(name: str, array: np.ndarray, where: str) -> Field:
     dtype = "uint8" if array.dtype == bool else array.dtype.newbyteorder("=").name
     if dtype not in DTYPES:
-        raise DatasetError(f"{file.path}: array {name!r} holds {array.dtype}, which is not one of {', '.join(DTYPES)}")
+        raise DatasetError(f"{where}: array {name!r} holds {array.dtype}, which is not one of {', '.join(DTYPES)}")
     return Field(name, dtype, tuple(array.shape[1:]))
 
 

@@ -16,6 +16,7 @@ import numpy as np
 import pyarrow as pa
 
 from turbopump.core.errors import DatasetError, UsageError
+from turbopump.data.inputs.arrays import chunks_of_arrays, field_of_array
 from turbopump.data.inputs.columns import chunks_of_batch, class_names_of, fields_of_schema
 from turbopump.data.inputs.protocol import LOOK_BYTES, LOOK_ROWS, Chunk, Keys, Partition, Selection, cut
 from turbopump.data.inputs.rows import Row, chunk_of_rows, fields_of_rows, grouped
@@ -99,6 +100,11 @@ def _from_arrays(arrays: dict[str, np.ndarray], selection: Selection) -> PythonI
     if len(set(lengths.values())) > 1:
         raise DatasetError(f"the arrays have different numbers of rows: {lengths}")
     num_rows = next(iter(lengths.values()))
+    if num_rows and all(array.dtype.kind in "biuf" for array in arrays.values()):
+        wanted = {name: array for name, array in arrays.items() if not selection.needed or name in selection.needed}
+        fields = tuple(field_of_array(name, array, "the arrays") for name, array in wanted.items())
+        chunks = (selection.apply(*chunk) for chunk in chunks_of_arrays(wanted, 0, num_rows, 0))
+        return PythonInput(selection.fields(fields), chunks, num_rows)
     rows = ({name: array[i] for name, array in arrays.items()} for i in range(num_rows))
     made = _from_rows(rows, selection)
     made.num_rows = num_rows
