@@ -89,7 +89,8 @@ def _shown(field: Field, column: np.ndarray | Ragged) -> str:
         return f"{value[:SHOWN_BYTES]!r}{'...' if len(value) > SHOWN_BYTES else ''} ({len(value)} {_UNITS[field.kind]})"
     numbers = value.ravel()
     more = ", ..." if len(numbers) > SHOWN_NUMBERS else ""
-    return f"{', '.join(map(str, numbers[:SHOWN_NUMBERS].tolist()))}{more} (shape {list(value.shape)})"
+    shape = f" (shape {list(value.shape)})" if value.shape else ""
+    return f"{', '.join(map(str, numbers[:SHOWN_NUMBERS].tolist()))}{more}{shape}"
 
 
 def _sizes(dataset: Dataset, name: str) -> dict[str, list[tuple[int, int]]]:
