@@ -193,12 +193,8 @@ void hint(const Store* s, int64_t shard, int64_t begin, int64_t end) {
 }
 
 inline void prefetch(const uint8_t* p, int64_t n) {
-    const int64_t most = n < 256 ? n : 256;
     __builtin_prefetch(p);
     if (n > 64) __builtin_prefetch(p + 64);
-    if (n > 128) __builtin_prefetch(p + 128);
-    if (n > 192) __builtin_prefetch(p + 192);
-    __builtin_prefetch(p + most - 1);
 }
 
 struct Span {
@@ -246,7 +242,7 @@ template <typename Begin, typename Put>
 void copy_known(const Store* s, int64_t n, int64_t row_bytes, int64_t bytes, Result* r, Begin begin, Put put) {
     constexpr int64_t kChunk = 64;
     const double per_row = shards_per_row(s);
-    const int64_t last = s->shards - 1, ahead = bytes <= 512 ? 16 : kAhead;
+    const int64_t last = s->shards - 1, ahead = bytes <= 512 ? 24 : kAhead;
     const uint8_t* from[2 * kChunk];
     int32_t shards[2 * kChunk];
     auto look = [&](int64_t first) {

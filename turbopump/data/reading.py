@@ -162,7 +162,7 @@ class SplitData:
 
     def rows(self, field: int, index: Index, out: np.ndarray | None = None) -> np.ndarray:
         """Rows of a field of fixed shape: [n, *shape], into `out` where it is given."""
-        plain = type(index) is np.ndarray and index.dtype is _INT64
+        plain = type(index) is _ndarray and index.dtype is _INT64
         if plain and out is not None and not self._quick_rows[field](index, out):  # few us for small rows
             return out
         item, ids = self.fields[field], as_ids(index)
@@ -374,7 +374,7 @@ class SplitData:
         return self._files.location(self.shards[shard].file)
 
 
-_INT64 = np.dtype(np.int64)
+_INT64, _ndarray = np.dtype(np.int64), np.ndarray  # looked up once, not at every batch
 
 
 def as_ids(index: Index) -> np.ndarray:
