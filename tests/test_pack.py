@@ -267,3 +267,19 @@ def test_packing_needs_no_torch(folder, tmp_path):
         f"describe_dataset({str(tmp_path / 'd')!r})\nimport turbopump.data.sources"
     )
     subprocess.run([sys.executable, "-c", script], check=True)
+
+
+def test_a_tokenizer_of_somebody_else(folder, tmp_path):
+    pack(folder, tmp_path / "own", tokenizer="bpe", vocab_size=300, include=["*.txt"])
+    file = tmp_path / "tokenizer.json"
+    file.write_bytes((tmp_path / "own" / "tokenizer.json").read_bytes())
+    given = pack(folder, tmp_path / "d", tokenizer=str(file), include=["*.txt"])
+    assert given.tokenizer is not None and given.tokenizer.kind == "tokenizers"
+    assert stream(tmp_path / "d", "train").tolist() == stream(tmp_path / "own", "train").tolist()
+    source = TOKENS.open(TokensConfig(path=str(tmp_path / "d"), seq_len=16), "train")
+    assert source.decode(source.encode("document 7: größe")) == "document 7: größe"
+    file.write_text("{}")
+    with pytest.raises(DatasetError, match=r"tokenizer.json is no tokenizer"):
+        pack(folder, tmp_path / "e", tokenizer=str(file), include=["*.txt"])
+    with pytest.raises(UsageError, match=r"no tokenizer file .*none.json"):
+        pack(folder, tmp_path / "e", tokenizer=str(tmp_path / "none.json"), include=["*.txt"])

@@ -406,7 +406,7 @@ def plan(
 @app.command
 def pack(
     *paths: str,
-    tokenizer: Literal["bytes", "bpe", "none"] | None = None,
+    tokenizer: str | None = None,
     vocab_size: int = 4096,
     validation: float = 0.05,
     include: Annotated[tuple[str, ...], Parameter(negative=(), consume_multiple=True)] = (),
@@ -435,8 +435,8 @@ def pack(
         images, Hugging Face, MDS, .npy/.npz; or `stdlib`: the Python standard library's own sources), then the
         directory to write.
     tokenizer
-        bytes (256 tokens; what text gets by itself), bpe (byte-level sub-words, trained on the training split), or
-        none: text stays text, a row a document.
+        bytes (256 tokens; what text gets by itself), bpe (byte-level sub-words, trained on the training split), a
+        tokenizer.json of the tokenizers library, or none: text stays text, a row a document.
     vocab_size
         Tokens of a bpe vocabulary.
     validation

@@ -14,7 +14,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from turbopump.core.errors import DatasetError, UsageError
 from turbopump.core.files import digest
@@ -32,7 +32,6 @@ from turbopump.data.writer import SHARD_BYTES, Staging, check_destination
 PARTITION_BYTES = (1 << 23, 1 << 28)  # of input: least and most; between them, a 64th of it all
 BPE_SAMPLE_BYTES = 8_000_000
 PARALLEL_FROM_BYTES = 1 << 24  # below this, starting processes costs more than it saves
-TextTokenizer = Literal["bytes", "bpe", "none"]
 
 
 @dataclass(frozen=True)
@@ -74,7 +73,7 @@ def pack(
     source: Any,
     destination: Path | str,
     *,
-    tokenizer: TextTokenizer | None = None,
+    tokenizer: str | None = None,
     vocab_size: int = 4096,
     validation: float = 0.05,
     include: Sequence[str] = (),
@@ -93,10 +92,10 @@ def pack(
     docs/pack-inputs.md), the word `stdlib` (the sources of Python's standard library); or, from Python, arrays, a
     DataFrame or table, or any other iterable or map-style dataset.
 
-    Text becomes a stream of tokens by `tokenizer` (default `bytes`), or rows as it is with `none`; of a table, the
-    column `text_field`. Everything else becomes rows: all columns, or `columns`. `validation` is the share held out:
-    by a hash of the column `key`, of the file's name or of the row's number, or the end of each text where there are
-    few; an input's own splits are kept.
+    Text becomes a stream of tokens by `tokenizer`, which is `bytes` (the default), `bpe` (trained on it) or a
+    `tokenizer.json`, or rows as it is with `none`; of a table, the column `text_field`. Everything else becomes rows:
+    all columns, or `columns`. `validation` is the share held out: by a hash of the column `key`, of the file's name or
+    of the row's number, or the end of each text where there are few; an input's own splits are kept.
 
     Raises `UsageError` (destination taken, no such source, nothing found) and `DatasetError` (what the input holds does
     not fit, unreadable, disk full). A pack that is stopped or killed leaves no dataset, and the same call goes on from
@@ -111,13 +110,27 @@ def pack(
     _check_options(tokenizer, vocab_size, validation, num_processes, shard_bytes)
     check_destination(destination, overwrite)
     packing = _open(source, destination, tokenizer, validation, include, format, text_field, columns, key)
-    kind = (tokenizer or "bytes") if packing.is_text and tokenizer != "none" else None
-    options = [VERSION, kind, vocab_size, validation, shard_bytes, PARTITION_BYTES, list(columns), text_field, key]
+    kind = str(tokenizer or "bytes") if packing.is_text and tokenizer != "none" else None
+    given = text.read_tokenizer(Path(kind)) if kind is not None and kind.endswith(".json") else None
+    foreign = digest(given.dumps()) if given is not None else None
+    options = [
+        VERSION,
+        kind,
+        vocab_size,
+        validation,
+        shard_bytes,
+        PARTITION_BYTES,
+        list(columns),
+        text_field,
+        key,
+        foreign,
+    ]
     staging_key = digest(repr([packing.identity, options]).encode()) if packing.identity is not None else None
     report = _Reporter(progress, packing.total_bytes)
     with Staging(destination, overwrite=overwrite, key=staging_key) as staging:
-        partitions, made = packing.partitions, None
-        if kind is not None:
+        partitions: Iterator[Any] = packing.partitions
+        made: text.Tokenizer | None = given
+        if kind is not None and given is None:
             made, partitions = _make_tokenizer(kind, vocab_size, packing, report)
         task = packing.task(made)
         processes = num_processes or _default_processes(kind, packing)
@@ -143,8 +156,8 @@ def _check_options(
         raise UsageError(f"num_processes ({num_processes}) must be at least 1")
     if shard_bytes < 1 << 12:
         raise UsageError(f"shard_bytes ({shard_bytes}) must be at least {1 << 12}")
-    if tokenizer not in (None, "bytes", "bpe", "none"):
-        raise UsageError(f"no tokenizer {tokenizer!r} (known: bytes, bpe, none)")
+    if tokenizer not in (None, "bytes", "bpe", "none") and not str(tokenizer).endswith(".json"):
+        raise UsageError(f"no tokenizer {tokenizer!r} (known: bytes, bpe, none, or a tokenizer.json)")
     if tokenizer == "bpe" and vocab_size < text.MIN_VOCAB_SIZE:
         raise UsageError(f"vocab_size ({vocab_size}) must be at least {text.MIN_VOCAB_SIZE}: 256 bytes and a separator")
 
@@ -179,7 +192,7 @@ def _of_input(
     opened: Input, tokenizer: str | None, validation: float, text_field: str | None, names: tuple[str, ...]
 ) -> _Packing:
     """Rows of a table, or the documents of its one column of text where somebody asked for tokens."""
-    is_text = tokenizer in ("bytes", "bpe") or (text_field is not None and tokenizer is None)
+    is_text = tokenizer not in (None, "none") or (text_field is not None and tokenizer is None)
     if is_text and (len(opened.fields) != 1 or opened.fields[0].kind != "text"):
         columns = ", ".join(item.name for item in opened.fields)
         raise UsageError(

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Sequence
+from pathlib import Path
 from typing import Protocol
 
 import numpy as np
@@ -22,6 +23,7 @@ from turbopump.data.manifest import TokenizerEntry
 TOKENIZER_NAME = "tokenizer.json"
 SEPARATOR = "<|document|>"
 MIN_VOCAB_SIZE = 257
+END_OF_TEXT = ("<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>", "<|document|>", "[SEP]")
 MAX_CACHED_WORDS = 1 << 20
 
 _SPACE = r"[\t\n\x0b\x0c\r ]"
@@ -140,6 +142,56 @@ class BpeTokenizer:
         return self._data
 
 
+class FileTokenizer:
+    """Somebody else's `tokenizer.json`, which the `tokenizers` library reads and applies; a document ends with its
+    end-of-text token. Raises `UsageError` where it has none."""
+
+    kind = "tokenizers"
+
+    def __init__(self, data: bytes) -> None:
+        import tokenizers
+
+        self._data = data
+        self._tokenizer = tokenizers.Tokenizer.from_str(data.decode())
+        self._tokenizer.no_padding()
+        self._tokenizer.no_truncation()
+        self.vocab_size: int = self._tokenizer.get_vocab_size()
+        ids = [i for i in map(self._tokenizer.token_to_id, END_OF_TEXT) if i is not None]
+        if not ids:
+            raise UsageError(f"the tokenizer has no token that ends a text (one of {', '.join(END_OF_TEXT)}): add one")
+        self.separator: int = ids[0]
+        self.vocab_size = max(self.vocab_size, self.separator + 1)
+        self.dtype = "uint16" if self.vocab_size <= 1 << 16 else "uint32"
+
+    def encode(self, text: str) -> np.ndarray:
+        return self.encode_documents([text])[0].astype(np.int64)
+
+    def encode_documents(self, texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
+        encoded = [item.ids for item in self._tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)]
+        counts = np.fromiter(map(len, encoded), np.int64, count=len(encoded))
+        flat = np.fromiter((i for ids in encoded for i in ids), np.int64, count=int(counts.sum()))
+        if len(flat) and int(flat.max()) >= self.vocab_size:
+            raise UsageError(f"the tokenizer gives the id {int(flat.max())}, beyond its own {self.vocab_size} tokens")
+        return flat.astype(self.dtype), counts
+
+    def decode(self, ids: Iterable[int]) -> str:
+        return self._tokenizer.decode([int(i) for i in ids], skip_special_tokens=False)
+
+    def dumps(self) -> bytes:
+        return self._data
+
+
+def read_tokenizer(path: Path) -> FileTokenizer:
+    """The tokenizer in a file; raises `UsageError` where there is none, `CorruptDataError` for a bad one."""
+    try:
+        data = path.read_bytes()
+    except OSError as error:
+        raise UsageError(
+            f"no tokenizer file {path} ({error.strerror}): give bytes, bpe, none or a .json file"
+        ) from error
+    return from_data(FileTokenizer.kind, data, str(path))  # type: ignore[return-value]
+
+
 class _WordNumbers(dict[str, int]):
     """Numbers words in the order they are met, and remembers which are new."""
 
@@ -198,15 +250,17 @@ def tokenizer_entry(tokenizer: Tokenizer) -> TokenizerEntry:
     return TokenizerEntry(tokenizer.kind, tokenizer.vocab_size, TOKENIZER_NAME, digest(tokenizer.dumps()))
 
 
-def from_data(kind: str, data: bytes) -> Tokenizer:
-    """The tokenizer whose `tokenizer.json` holds `data`; raises `CorruptDataError` where that is none."""
+def from_data(kind: str, data: bytes, name: str = TOKENIZER_NAME) -> Tokenizer:
+    """The tokenizer whose file `name` holds `data`; raises `CorruptDataError` where that is none."""
     if kind == "bytes":
         return ByteTokenizer()
-    if kind == "bpe":
+    if kind in ("bpe", FileTokenizer.kind):
         try:
-            return BpeTokenizer(data)
+            return BpeTokenizer(data) if kind == "bpe" else FileTokenizer(data)
+        except UsageError:
+            raise
         except BaseException as error:  # the library's own have no other type; its panics are not even an `Exception`
             if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
                 raise
-            raise CorruptDataError(f"{TOKENIZER_NAME} is no tokenizer ({error}): pack the dataset again") from error
-    raise UsageError(f"no tokenizer kind {kind!r} (known: bytes, bpe)")
+            raise CorruptDataError(f"{name} is no tokenizer ({error}): pack the dataset again") from error
+    raise UsageError(f"no tokenizer kind {kind!r} (known: bytes, bpe, {FileTokenizer.kind})")
