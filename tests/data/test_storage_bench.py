@@ -105,7 +105,7 @@ def test_every_route_gives_a_row_and_leaves_nothing(tmp_path):
             assert "refused here" in row.problem and ("O_DIRECT" in row.route or "io_uring" in row.route)
     assert all(row.facts["p99_s"] > 0 for row in rows if row.route == "pread" and not row.op["cached"])
     assert {row.route for row in rows if row.works} >= {"pread", "mmap", "readahead + preadv"}
-    assert list(tmp_path.iterdir()) == [] and number_of_descriptors() == before
+    assert list(tmp_path.iterdir()) == [] and number_of_descriptors() <= before
 
 
 def test_writes_and_checkpoints_are_measured_and_removed(tmp_path):
@@ -215,7 +215,7 @@ def test_an_abandoned_measurement_gives_everything_back(tmp_path):
     rows = bench.measure([Trial(RANDOM, "pread"), Trial(CACHED, "mmap")], request(tmp_path), time.monotonic() + 60)
     next(rows)
     rows.close()
-    assert number_of_descriptors() == before and list(tmp_path.iterdir()) == []
+    assert number_of_descriptors() <= before and list(tmp_path.iterdir()) == []
 
 
 # --- what is said to be uncertain ------------------------------------------------------------------------------------
