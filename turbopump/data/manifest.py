@@ -239,6 +239,8 @@ def _check(manifest: Manifest) -> None:
         check_file_name(name)
         for shard in split.shards:
             _check_shard(shard, manifest)
+        if not all(size.isascii() and size.isdecimal() for size in split.document_sizes):
+            raise ValueError(f"document_sizes of {name!r} has keys that are no sizes")
         if split.rows != sum(shard.rows for shard in split.shards):
             raise ValueError(f"{split.rows} rows in {name!r}, but its shards hold another number")
 

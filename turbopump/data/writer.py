@@ -293,6 +293,7 @@ class Staging:
                 files = {s.file: s.xxh3 for split in entry.splits.values() for s in split.shards}
                 files[_sums_file(entry.part)] = entry.sums_xxh3
                 whole = all(digest_file(self.directory / name) == xxh3 for name, xxh3 in files.items())
+                whole &= all(size.isdecimal() for split in entry.splits.values() for size in split.document_sizes)
             except (OSError, ValueError):
                 whole = False
             if whole:
