@@ -232,8 +232,11 @@ def merged(rows: Sequence[Row], path: Path) -> list[Row]:
         earlier = from_json(path.read_bytes())
         kept = [row for row in earlier["rows"] if row["id"] in TARGETS and row["id"] not in found]
         if kept:
-            note(f"{len(kept)} rows stay as measured on {earlier['date']} at {earlier['commit']}")
-        found |= {row["id"]: Row(**{**row, "spread": tuple(row["spread"])}) for row in kept}
+            note(f"{len(kept)} rows stay as they were measured before")
+        stamp = f"{earlier['date']} at {earlier['commit']}"
+        for row in kept:
+            measured = row.get("measured") or stamp
+            found[row["id"]] = Row(**{**row, "spread": tuple(row["spread"]), "measured": measured})
     return [found[name] for name in TARGETS if name in found]
 
 

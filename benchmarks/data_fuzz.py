@@ -40,8 +40,9 @@ from turbopump.data.describe import describe_dataset
 from turbopump.data.format import Dataset, open_dataset, verify_dataset
 from turbopump.data.gather import Reference
 from turbopump.data.manifest import MANIFEST_NAME, Field, Manifest, TokenizerEntry
+from turbopump.data.part import PartEntry, PartWriter
 from turbopump.data.ragged import Ragged, offsets_of, ragged_of
-from turbopump.data.writer import PartEntry, PartWriter, Staging
+from turbopump.data.writer import Staging
 
 EXPECTED = ("error", "right", "other")
 HANG_S = 60.0

@@ -37,7 +37,8 @@ RESULTS = Path(__file__).parent / "results"
 
 @dataclass(frozen=True)
 class Row:
-    """One measured figure, as it stands in the result file. `bound` is measured in the same run, in the same unit."""
+    """One measured figure, as it stands in the result file. `bound` is measured in the same run, in the same unit;
+    `measured` is the date and commit of a row that was kept from an earlier run, else empty: those of the file."""
 
     id: str
     what: str
@@ -49,6 +50,7 @@ class Row:
     peers: Mapping[str, float | None]
     runs: int
     spread: tuple[float, float]
+    measured: str = ""
 
     @property
     def met(self) -> bool | None:
@@ -177,7 +179,7 @@ def write_results(name: str, rows: Sequence[Row], *, quick: bool = False, direct
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "commit": _commit(),
         "machine": machine(),
-        "rows": [asdict(row) for row in rows],
+        "rows": [{name: value for name, value in asdict(row).items() if name != "measured" or value} for row in rows],
     }
     directory.mkdir(parents=True, exist_ok=True)
     path = directory / f"{name}.{machine_name()}{'.quick' if quick else ''}.json"

@@ -26,8 +26,9 @@ from turbopump.data.inputs.python import from_python
 from turbopump.data.inputs.recognise import open_input
 from turbopump.data.manifest import Manifest
 from turbopump.data.packing import InputTexts, RecordsTask, Task, TextPartition, TokensTask, run_tasks
+from turbopump.data.part import SHARD_BYTES
 from turbopump.data.remote_files import is_url
-from turbopump.data.writer import SHARD_BYTES, Staging, check_destination
+from turbopump.data.writer import Staging, check_destination
 
 PARTITION_BYTES = (1 << 23, 1 << 28)  # of input: least and most; between them, a 64th of it all
 BPE_SAMPLE_BYTES = 8_000_000
@@ -112,19 +113,10 @@ def pack(
     packing = _open(source, destination, tokenizer, validation, include, format, text_field, columns, key)
     kind = str(tokenizer or "bytes") if packing.is_text and tokenizer != "none" else None
     given = text.read_tokenizer(Path(kind)) if kind is not None and kind.endswith(".json") else None
-    foreign = digest(given.dumps()) if given is not None else None
     options = [
-        VERSION,
-        kind,
-        vocab_size,
-        validation,
-        shard_bytes,
-        PARTITION_BYTES,
-        list(columns),
-        text_field,
-        key,
-        foreign,
-    ]
+        VERSION, kind, given and digest(given.dumps()), vocab_size, validation, shard_bytes, PARTITION_BYTES,
+        list(columns), text_field, key,
+    ]  # fmt: skip
     staging_key = digest(repr([packing.identity, options]).encode()) if packing.identity is not None else None
     report = _Reporter(progress, packing.total_bytes)
     with Staging(destination, overwrite=overwrite, key=staging_key) as staging:
@@ -132,19 +124,25 @@ def pack(
         made: text.Tokenizer | None = given
         if kind is not None and given is None:
             made, partitions = _make_tokenizer(kind, vocab_size, packing, report)
-        task = packing.task(made)
         processes = num_processes or _default_processes(kind, packing)
-        parts = run_tasks(
-            task, partitions, staging, processes=processes, shard_bytes=shard_bytes, report=report,
-        )  # fmt: skip
-        if not any(split.rows for part in parts for split in part.splits.values()):
-            raise UsageError(f"nothing to pack: the source holds no {'text' if packing.is_text else 'record'}")
-        report.finish()
-        return staging.commit(
-            parts, kind="arrays" if made is None else "tokens", fields=task.fields, sources=packing.sources,
-            tokenizer=text.tokenizer_entry(made) if made is not None else None, labels=packing.labels,
-            files={text.TOKENIZER_NAME: made.dumps()} if made is not None else {},
-        )  # fmt: skip
+        return _write(packing, made, partitions, staging, processes, shard_bytes, report)
+
+
+def _write(
+    packing: _Packing, made: text.Tokenizer | None, partitions: Iterator[Any], staging: Staging, processes: int,
+    shard_bytes: int, report: _Reporter,
+) -> Manifest:  # fmt: skip
+    """All partitions into parts, and these into the dataset."""
+    task = packing.task(made)
+    parts = run_tasks(task, partitions, staging, processes=processes, shard_bytes=shard_bytes, report=report)
+    if not any(split.rows for part in parts for split in part.splits.values()):
+        raise UsageError(f"nothing to pack: the source holds no {'text' if packing.is_text else 'record'}")
+    report.finish()
+    return staging.commit(
+        parts, kind="arrays" if made is None else "tokens", fields=task.fields, sources=packing.sources,
+        tokenizer=text.tokenizer_entry(made) if made is not None else None, labels=packing.labels,
+        files={text.TOKENIZER_NAME: made.dumps()} if made is not None else {},
+    )  # fmt: skip
 
 
 def _check_options(

@@ -17,8 +17,9 @@ import pytest
 from turbopump.core.errors import DatasetError, UsageError
 from turbopump.data.format import open_dataset, verify_dataset
 from turbopump.data.manifest import Field, read_manifest
+from turbopump.data.part import PartWriter
 from turbopump.data.ragged import ragged_of
-from turbopump.data.writer import DatasetWriter, PartWriter, Staging
+from turbopump.data.writer import DatasetWriter, Staging
 from turbopump.pack import pack
 
 FIELDS = [Field("x", "int32", (3,)), Field("t", "uint8", (), "text")]

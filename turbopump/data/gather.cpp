@@ -1,10 +1,9 @@
 // Batches of records out of mapped shards: find, check on first read, copy. The Python reference is gather.py.
 //
-// Every entry point works on a whole batch without the GIL. Three things make the rate (measured, 2 cores AMD Zen):
-// the start of record i + 8 is prefetched while record i is copied; the copy is a loop of vectors, since memcpy is up
-// to five times slower where source and destination differ by 1 to 31 bytes in their page; a block of values is hashed
-// once, when it is first read, and remembered in one bit. A file that is cut short under its map (SIGBUS) is an error
-// code, not the end of the process.
+// Every entry point works on a whole batch without the GIL. What makes the rate (measured, 2 cores AMD Zen; docs/log.md):
+// the start of a later record is prefetched while one is copied; no memcpy where source and destination differ by 1 to
+// 31 bytes in their page, which is up to five times slower; a block of values is hashed once, when it is first read, and
+// remembered in one bit. A file that is cut short under its map (SIGBUS) is an error code, not the end of the process.
 
 #include <csetjmp>
 #include <csignal>
@@ -14,6 +13,26 @@
 
 #define XXH_INLINE_ALL
 #include <arrow/vendored/xxhash/xxhash.h> // comes with pyarrow
+
+// What of Python's stable interface is needed to be called with arrays as they are: asking an array for its address from
+// Python costs more than gathering 100 records of 100 bytes.
+extern "C" {
+struct PyObject;
+struct Buffer { // Py_buffer
+    void* data;
+    PyObject* owner;
+    intptr_t bytes, item_bytes;
+    int readonly, num_dims;
+    char* format;
+    intptr_t *shape, *strides, *suboffsets;
+    void* internal;
+};
+int PyObject_GetBuffer(PyObject*, Buffer*, int);
+void PyBuffer_Release(Buffer*);
+void* PyEval_SaveThread(void);
+void PyEval_RestoreThread(void*);
+void PyErr_Clear(void);
+}
 
 namespace {
 
@@ -147,8 +166,8 @@ template <typename Work> void guarded(Result* result, Work work) {
 inline int64_t shard_of(const Store* s, int64_t row, double per_row) {
     int64_t shard = (int64_t)((double)row * per_row);
     if (shard >= s->shards) shard = s->shards - 1;
-    while (row < s->bounds[shard]) --shard;
-    while (row >= s->bounds[shard + 1]) ++shard;
+    while (__builtin_expect(row < s->bounds[shard], 0)) --shard;
+    while (__builtin_expect(row >= s->bounds[shard + 1], 0)) ++shard;
     return shard;
 }
 
@@ -235,14 +254,14 @@ template <typename Find> bool ask_for(const Store* s, int64_t n, Result* r, Find
     return true;
 }
 
-// The same where everything is mapped and known to be good: `begin(i)` is the row that span i of `bytes` begins with,
+// `copy_spans` where everything is mapped and known to be good: `begin(i)` is the row that span i of `bytes` begins with,
 // or less than 0 where it is out of range; `put` gets where it lies, and its shard. Places are found for a few dozen
 // spans at once, before any is copied, and prefetched `ahead` of their copy.
 template <typename Begin, typename Put>
 void copy_known(const Store* s, int64_t n, int64_t row_bytes, int64_t bytes, Result* r, Begin begin, Put put) {
     constexpr int64_t kChunk = 64;
     const double per_row = shards_per_row(s);
-    const int64_t last = s->shards - 1, ahead = bytes <= 512 ? 24 : kAhead;
+    const int64_t ahead = bytes <= 512 ? 24 : kAhead;
     const uint8_t* from[2 * kChunk];
     int32_t shards[2 * kChunk];
     auto look = [&](int64_t first) {
@@ -250,10 +269,7 @@ void copy_known(const Store* s, int64_t n, int64_t row_bytes, int64_t bytes, Res
         for (int64_t i = first; i < stop; ++i) {
             const int64_t row = begin(i);
             if (row < 0) return fail(r, kOutOfRange, i, 0, 0);
-            int64_t shard = (int64_t)((double)row * per_row);
-            shard = shard > last ? last : shard;
-            while (__builtin_expect(row < s->bounds[shard], 0)) --shard;
-            while (__builtin_expect(row >= s->bounds[shard + 1], 0)) ++shard;
+            const int64_t shard = shard_of(s, row, per_row);
             from[i % (2 * kChunk)] = s->base[shard] + (row - s->bounds[shard]) * row_bytes;
             shards[i % (2 * kChunk)] = (int32_t)shard;
         }
@@ -352,25 +368,6 @@ void windows(const Store* s, int64_t n, const int64_t* start, int64_t items, int
     });
 }
 
-// What of Python's stable interface is needed to be called with arrays as they are: asking an array for its address from
-// Python costs more than gathering 100 records of 100 bytes.
-extern "C" {
-struct PyObject;
-struct Buffer { // Py_buffer
-    void* data;
-    PyObject* owner;
-    intptr_t bytes, item_bytes;
-    int readonly, num_dims;
-    char* format;
-    intptr_t *shape, *strides, *suboffsets;
-    void* internal;
-};
-int PyObject_GetBuffer(PyObject*, Buffer*, int);
-void PyBuffer_Release(Buffer*);
-void* PyEval_SaveThread(void);
-void PyEval_RestoreThread(void*);
-void PyErr_Clear(void);
-}
 constexpr int kSimple = 0, kWritable = 1;
 
 // `work(indices, count, out)` without the GIL on an array of int64 and on memory of at least `out_bytes(count)`. Returns

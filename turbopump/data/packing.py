@@ -26,9 +26,10 @@ from turbopump.data.inputs.protocol import Input, Keys, num_rows_of
 from turbopump.data.inputs.protocol import Partition as InputPartition
 from turbopump.data.manifest import Field
 from turbopump.data.order import held_out
+from turbopump.data.part import PartEntry, PartWriter
 from turbopump.data.processes import become_helper
 from turbopump.data.ragged import Ragged
-from turbopump.data.writer import PartEntry, PartWriter, Staging
+from turbopump.data.writer import Staging
 
 ENCODE_BYTES = 1 << 21  # of text that is encoded at once
 REPORT_EVERY_S = 0.2

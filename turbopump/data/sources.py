@@ -72,7 +72,40 @@ class TokensConfig:
         return self.remote.problems()
 
 
-class TokensSource:
+class _Packed:
+    """What sources of packed rows have in common: a split of a dataset, and batches that are announced to it."""
+
+    randomness = "none"
+    samples_ahead = 0
+
+    def __init__(self, config: TokensConfig | ArraysConfig, split: str) -> None:
+        self._config, self._split = config, split
+        self.name = f"{config.kind} {config.path} ({split})"
+        self._dataset = _open_kind(config)
+        self.digest = self._dataset.manifest.digest
+        self._data = self._dataset.data(split)
+
+    def __len__(self) -> int:
+        return len(self._data)
+
+    @property
+    def batches_ahead(self) -> int:
+        """How many batches `prefetch` takes before they are read: none where shards are mapped."""
+        return self._data.batches_ahead
+
+    def expect_order(self, order: str, window_samples: int) -> None:
+        """Learn the order of the reads to come; warns where a store's cache does not go with it."""
+        self.samples_ahead = self._data.expect_order(order, window_samples, len(self))
+
+    def forget(self) -> None:
+        """Drop what was announced and not read."""
+        self._data.forget()
+
+    def __reduce__(self) -> tuple[Any, ...]:  # a memory map does not travel: the other process opens its own
+        return type(self), (self._config, self._split)
+
+
+class TokensSource(_Packed):
     """Sample i is the window of `seq_len + 1` tokens from token `i * seq_len` on; int64.
 
     `vocab_size`, `bytes_per_token` (UTF-8 bytes of the split's text a token, separators counted as tokens),
@@ -80,14 +113,9 @@ class TokensSource:
     or shorter than one window, `CorruptDataError` when a block is read that differs from its checksum.
     """
 
-    randomness = "none"
-
     def __init__(self, config: TokensConfig, split: str) -> None:
-        self._config, self._split = config, split
-        self.name = f"tokens {config.path} ({split})"
-        self.seq_len = config.seq_len
-        self._dataset = _open_kind(config)
-        self.digest = self._dataset.manifest.digest
+        super().__init__(config, split)
+        self.seq_len, self._boundaries = config.seq_len, config.boundaries
         entry = self._dataset.split(split)
         self.num_tokens = entry.rows
         self._len = max(0, (entry.rows - 1) // config.seq_len)
@@ -102,7 +130,6 @@ class TokensSource:
             raise DatasetError(f"{config.path} names no tokenizer: pack it again")
         self.vocab_size = tokenizer.vocab_size
         self._tokenizer: text.Tokenizer | None = None
-        self._data = self._dataset.data(split)
         self.releases_gil = not config.boundaries
 
     def __len__(self) -> int:
@@ -117,7 +144,7 @@ class TokensSource:
         starts = np.asarray(indices, np.int64) * self.seq_len
         self._check(indices, starts)
         windows = self._data.windows(starts, self.seq_len + 1, out=None if out is None else out[: len(starts)])
-        return (windows, self._documents(windows)) if self._config.boundaries else windows
+        return (windows, self._documents(windows)) if self._boundaries else windows
 
     def _check(self, indices: Sequence[int] | np.ndarray, starts: np.ndarray) -> None:
         if len(starts) and (starts.min() < 0 or starts.max() >= self._len * self.seq_len):
@@ -132,21 +159,6 @@ class TokensSource:
     def batch_buffers(self, rows: int) -> np.ndarray:
         """Memory for `__getitems__(indices, out=...)` of up to `rows` windows."""
         return aligned_empty((rows, self.seq_len + 1), np.int64)
-
-    @property
-    def batches_ahead(self) -> int:
-        """How many batches `prefetch` takes before they are read: none where shards are mapped."""
-        return self._data.batches_ahead
-
-    samples_ahead = 0
-
-    def expect_order(self, order: str, window_samples: int) -> None:
-        """Learn the order of the reads to come; warns where a store's cache does not go with it."""
-        self.samples_ahead = self._data.expect_order(order, window_samples, len(self))
-
-    def forget(self) -> None:
-        """Drop what was announced and not read."""
-        self._data.forget()
 
     def prefetch(self, indices: Sequence[int] | np.ndarray) -> None:
         """Tell of a batch to come: its reads start now where the dataset is read directly or from a store."""
@@ -175,9 +187,6 @@ class TokensSource:
         values = concatenated(self._data)
         return self.tokenizer.decode(values[values != self.tokenizer.separator]).encode()
 
-    def __reduce__(self) -> tuple[Any, ...]:  # a memory map does not travel: the other process opens its own
-        return TokensSource, (self._config, self._split)
-
 
 @dataclass(frozen=True, kw_only=True)
 class ArraysConfig:
@@ -194,27 +203,18 @@ class ArraysConfig:
         return self.remote.problems()
 
 
-class ArraysSource:
+class ArraysSource(_Packed):
     """Sample i is row i of each field, in the order they were packed: a tuple, or the value where there is one.
 
     A batch holds arrays, and `Ragged` for fields whose rows differ in length. A decoded image is uint8 [H, W, C],
     decoded audio a pair: float32 [T, channels] and its rate in Hz. Those of one shape are stacked, others stay a list.
     """
 
-    randomness = "none"
-
     def __init__(self, config: ArraysConfig, split: str) -> None:
-        self._config, self._split = config, split
-        self.name = f"arrays {config.path} ({split})"
-        self._dataset = _open_kind(config)
-        self.digest = self._dataset.manifest.digest
-        self._data = self._dataset.data(split)
+        super().__init__(config, split)
         self.fields = self._dataset.manifest.fields
         self._decoded = [i for i, item in enumerate(self.fields) if item.media and config.decode]
         self.releases_gil = not self._decoded
-
-    def __len__(self) -> int:
-        return len(self._data)
 
     def __getitem__(self, index: int) -> Any:
         return _first(self.__getitems__([index]))
@@ -246,21 +246,6 @@ class ArraysSource:
         """Memory for `__getitems__(indices, out=...)` of up to `rows` rows."""
         return self._data.buffers(rows)
 
-    @property
-    def batches_ahead(self) -> int:
-        """How many batches `prefetch` takes before they are read: none where shards are mapped."""
-        return self._data.batches_ahead
-
-    samples_ahead = 0
-
-    def expect_order(self, order: str, window_samples: int) -> None:
-        """Learn the order of the reads to come; warns where a store's cache does not go with it."""
-        self.samples_ahead = self._data.expect_order(order, window_samples, len(self))
-
-    def forget(self) -> None:
-        """Drop what was announced and not read."""
-        self._data.forget()
-
     def prefetch(self, indices: Sequence[int] | np.ndarray) -> None:
         """Tell of a batch to come: its reads start now where the dataset is read directly or from a store."""
         self._data.prefetch(indices)
@@ -279,9 +264,6 @@ class ArraysSource:
     def locate(self, index: int) -> str:
         """Where row `index` is stored, for errors."""
         return self._data.locate(index)
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return ArraysSource, (self._config, self._split)
 
 
 def _first(batch: Any) -> Any:
