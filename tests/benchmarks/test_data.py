@@ -13,6 +13,7 @@ from benchmarks.data_loaders import judged
 from benchmarks.data_own import BATCH, all_of, check_all, packed, packed_tokens, rows_reader, windows_reader
 from benchmarks.data_peer_records import expected_digest, write_raw
 from benchmarks.data_resume import Schedule, Segment, differing_batches, random_schedule, samples_of, write_datasets
+from benchmarks.harness import write_results
 from benchmarks.plan import PUBLISHED
 from turbopump.core.errors import DatasetError
 from turbopump.data.ragged import ragged_of
@@ -74,6 +75,10 @@ def test_rows_of_other_groups_stay(tmp_path):
     found = data.merged(rows[1:], path)
     assert [(row.id, row.value) for row in found] == [("data.cold", 2.0), ("data.pack", 1.0)]
     assert found[0].spread == (1.0, 1.0) and data.merged(rows, tmp_path / "absent") == rows
+    assert [row.measured for row in found] == ["then at c", ""]
+    later = write_results("data", found, directory=tmp_path)
+    assert [row.get("measured") for row in json.loads(later.read_text())["rows"]] == ["then at c", None]
+    assert data.merged(rows[1:], later)[0].measured == "then at c"  # however often it is kept
 
 
 def test_a_group_that_fails_is_named_and_the_rest_goes_on(tmp_path, monkeypatch):
