@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.processes import PATIENCE_S
 from turbopump.cli import VERBS, app, main
 from turbopump.core.version import VERSION
 
@@ -149,7 +150,7 @@ def test_without_torch_the_command_to_install_it_is_named(place: Path) -> None:
 
 def test_debug_shows_the_traceback_of_an_error(place: Path) -> None:
     process = start(place, "inspect", "nowhere", "--debug")
-    _, err = process.communicate(timeout=60)
+    _, err = process.communicate(timeout=PATIENCE_S)
     assert process.returncode == 1 and "Traceback" in err and "UsageError: nothing at nowhere" in err
 
 
@@ -166,7 +167,7 @@ def test_a_reader_that_goes_away_ends_the_command_quietly(place: Path) -> None:
     assert process.stdout is not None and process.stderr is not None
     process.stdout.readline()
     process.stdout.close()
-    assert process.wait(60) == 128 + signal.SIGPIPE
+    assert process.wait(PATIENCE_S) == 128 + signal.SIGPIPE
     assert process.stderr.read() == ""
     process.stderr.close()
 
@@ -174,7 +175,7 @@ def test_a_reader_that_goes_away_ends_the_command_quietly(place: Path) -> None:
 @pytest.mark.slow
 def test_a_pipe_gets_plain_lines(place: Path) -> None:
     process = start(place, "train", "lm.toml", "name=piped", COLUMNS="40")
-    out, err = process.communicate(timeout=120)
+    out, err = process.communicate(timeout=PATIENCE_S)
     assert process.returncode == 0 and not err
     assert not CONTROL.search(out)
     lines = out.splitlines()
@@ -194,14 +195,14 @@ def test_a_terminal_gets_a_live_line(place: Path, variables: dict[str, str]) -> 
                                stderr=theirs, stdin=theirs)  # fmt: skip
     os.close(theirs)
     seen = b""
-    while select.select([ours], [], [], 60)[0]:
+    while select.select([ours], [], [], PATIENCE_S)[0]:
         try:
             seen += os.read(ours, 65536)
         except OSError:  # the other end is closed: the command is over
             break
     os.close(ours)
     text = seen.decode()
-    assert process.wait(60) == 0, text
+    assert process.wait(PATIENCE_S) == 0, text
     assert "loss" in text and "report runs/seen" in text.replace("\r\n", "")
     colours = re.findall(r"\x1b\[[0-9;]*m", text)
     assert not colours

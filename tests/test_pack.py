@@ -5,11 +5,11 @@ import signal
 import subprocess
 import sys
 import textwrap
-import time
 
 import numpy as np
 import pytest
 
+from tests.processes import PATIENCE_S, group_gone
 from turbopump.core.errors import DatasetError, UsageError
 from turbopump.data import corpus
 from turbopump.data.describe import describe_dataset
@@ -214,22 +214,11 @@ def test_a_stopped_pack_leaves_no_dataset_and_no_process(tmp_path, signal_number
     left = [name for name in os.listdir(tmp_path)]
     assert len(left) == 1 and left[0].startswith(".d.") and any((tmp_path / left[0]).glob("*.arrow"))
     process.send_signal(signal_number)
-    process.communicate(timeout=20)
+    process.communicate(timeout=PATIENCE_S)
     assert not (tmp_path / "d").exists()
-    end = time.monotonic() + 10
-    while time.monotonic() < end and _group_alive(process.pid):
-        time.sleep(0.1)
-    assert not _group_alive(process.pid)
+    assert group_gone(process.pid)
     pack(iter(["text\n" * 99]), tmp_path / "d")  # goes through, and clears away what was left
     assert os.listdir(tmp_path) == ["d"]
-
-
-def _group_alive(group):
-    try:
-        os.killpg(group, 0)
-    except ProcessLookupError:
-        return False
-    return True
 
 
 def test_a_full_disk_is_a_typed_error_that_leaves_nothing(tmp_path):

@@ -13,6 +13,7 @@ import pytest
 
 from tests.conftest import RECIPE
 from tests.fake_domains import Fake, products
+from tests.processes import PATIENCE_S
 from turbopump import probe as verb
 from turbopump.compute import deepbench
 from turbopump.compute.ops import Gemm
@@ -250,7 +251,7 @@ from turbopump.probe import probe
 log, kill_at, number = Path("log"), int(sys.argv[1]), int(sys.argv[2])
 bench = Fake(products(12), kill_at=kill_at, signal_number=number, log=log)
 try:
-    probe("machine.json", budget_s=20, domains={"compute": bench}, device="cpu")
+    probe("machine.json", budget_s=600, domains={"compute": bench}, device="cpu")
 finally:
     Path("put_back").write_text(str(bench.put_back))
 """
@@ -260,7 +261,7 @@ def start(place, kill_at, number):
     path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH", "")]))
     return subprocess.run(
         [sys.executable, "-c", KILLED, str(kill_at), str(number)], cwd=place, capture_output=True, text=True,
-        env={**os.environ, "PYTHONPATH": path}, check=False, timeout=60,
+        env={**os.environ, "PYTHONPATH": path}, check=False, timeout=PATIENCE_S,
     )  # fmt: skip
 
 

@@ -1,17 +1,16 @@
 """The verb `train` with a user's own module, dataset and loss: what it returns, writes, refuses and survives."""
 
-import itertools
 import json
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
 import torch
 
 from tests.live_parts import Net, Noisy, loss
+from tests.processes import PATIENCE_S, wait_until
 from turbopump.core.checkpoint_store import latest, tensor_digests
 from turbopump.core.errors import ConfigError, Interrupted, NonFiniteError, ResumeError, SampleError, UsageError
 from turbopump.core.files import read_json_lines
@@ -226,24 +225,14 @@ def test_a_signal_finishes_the_step_saves_and_says_so(tmp_path: Path, number: si
     path = tmp_path / "r"
     process = subprocess.Popen([sys.executable, "-c", SCRIPT, str(path)], stdout=subprocess.PIPE, text=True,
                                cwd=Path(__file__).parents[1])  # fmt: skip
-    _wait_until(lambda: len(steps(path)) >= 3, process)
+    wait_until(lambda: len(steps(path)) >= 3 or process.poll() is not None, "the third step")
     process.send_signal(number)
-    out, _ = process.communicate(timeout=60)
+    out, _ = process.communicate(timeout=PATIENCE_S)
     assert process.returncode == 128 + number, out
     made = max(steps(path))
     newest = latest(RunDir(path).checkpoints)
     assert newest is not None and newest.name.endswith(f"{made:08d}")
     assert f"stopped by {number.name} after step {made}" in out
-
-
-def _wait_until(condition, process: subprocess.Popen, timeout_s: float = 60.0) -> None:
-    for _ in itertools.count():
-        if condition():
-            return
-        assert process.poll() is None, process.communicate()
-        assert timeout_s > 0
-        timeout_s -= 0.05
-        time.sleep(0.05)
 
 
 def test_interrupted_carries_the_conventional_exit_code() -> None:

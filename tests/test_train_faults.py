@@ -6,14 +6,13 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-import psutil
 import pytest
 
+from tests.processes import PATIENCE_S, all_gone, wait_until
 from turbopump.core.checkpoint_store import list_checkpoints
 from turbopump.core.files import read_json_lines
 from turbopump.core.rundir import RunDir
@@ -28,14 +27,6 @@ def start(place: Path, *arguments: str, **options: object) -> subprocess.Popen[s
     return subprocess.Popen([sys.executable, "-m", "turbopump.cli", "train", "lm.toml", *arguments], cwd=place,
                             env={**os.environ, "PYTHONPATH": path}, text=True, stdout=subprocess.PIPE,
                             stderr=subprocess.PIPE, **options)  # type: ignore[call-overload]  # fmt: skip
-
-
-def wait_for(condition: Callable[[], object], process: subprocess.Popen[str], timeout_s: float = 90.0) -> None:
-    end = time.monotonic() + timeout_s
-    while not condition():
-        assert process.poll() is None, process.communicate()
-        assert time.monotonic() < end
-        time.sleep(0.05)
 
 
 def steps(path: Path) -> list[int]:
@@ -191,27 +182,27 @@ def test_a_disk_without_any_room_is_an_error_at_once(place: Path, cli) -> None:
 @pytest.mark.slow
 def test_a_run_in_use_is_refused_by_name_and_goes_on(place: Path, cli) -> None:
     process = start(place, "name=busy", *ENDLESS)
-    wait_for(lambda: steps(place / "runs" / "busy"), process)
+    wait_until(lambda: steps(place / "runs" / "busy") or process.poll() is not None, "a step")
     for more in ((), ("num_steps=2",)):
         said = cli("train", "lm.toml", "name=busy", *ENDLESS, *more)
         assert said.code == 1
         assert f"runs/busy is in use by process {process.pid}" in said.err and "choose another name" in said.err
     process.send_signal(signal.SIGTERM)
-    _, err = process.communicate(timeout=60)
+    _, err = process.communicate(timeout=PATIENCE_S)
     assert process.returncode == 143 and err.startswith("error: stopped by SIGTERM after step")
 
 
 @pytest.mark.slow
 def test_a_rank_that_is_killed_is_named_in_the_last_line(place: Path) -> None:
     process = start(place, "name=pair", *ENDLESS, "launch.num_processes=2")
-    wait_for(lambda: len(steps(place / "runs" / "pair")) > 4, process)
-    ranks = [c for c in psutil.Process(process.pid).children() if "spawn_main" in " ".join(c.cmdline())]
-    assert len(ranks) == 2
-    max(ranks, key=lambda rank: rank.pid).kill()
-    _, err = process.communicate(timeout=60)
+    wait_until(lambda: len(steps(place / "runs" / "pair")) > 4 or process.poll() is not None, "five steps")
+    spans = [RunDir(place / "runs" / "pair").spans(rank) for rank in (0, 1)]
+    ranks = [next(read_json_lines(file))["pid"] for file in spans]
+    os.kill(ranks[1], signal.SIGKILL)
+    _, err = process.communicate(timeout=PATIENCE_S)
     assert process.returncode == 1
     assert err.splitlines() == ["error: rank 1 was killed by SIGKILL (kill -9); its output: runs/pair/logs/rank1.log"]
-    assert not any(rank.is_running() for rank in ranks)
+    assert all_gone(ranks)
     assert list_checkpoints(place / "runs" / "pair" / "checkpoints")
 
 
@@ -221,7 +212,7 @@ def test_out_of_memory_says_what_to_reduce(place: Path) -> None:
         resource.setrlimit(resource.RLIMIT_AS, (6 << 30, 6 << 30))
 
     process = start(place, "name=large", "model.hidden_size=1024", "model.mlp_size=2097152", preexec_fn=limited)
-    _, err = process.communicate(timeout=120)
+    _, err = process.communicate(timeout=PATIENCE_S)
     assert process.returncode == 1
     last = err.splitlines()[-1]
     assert (
@@ -240,9 +231,9 @@ def test_a_run_larger_than_the_memory_is_warned_of(place: Path, cli, monkeypatch
 @pytest.mark.slow
 def test_an_interrupted_run_says_how_it_goes_on(place: Path) -> None:
     process = start(place, "name=cut", *ENDLESS)
-    wait_for(lambda: len(steps(place / "runs" / "cut")) > 2, process)
+    wait_until(lambda: len(steps(place / "runs" / "cut")) > 2 or process.poll() is not None, "three steps")
     process.send_signal(signal.SIGINT)
-    out, err = process.communicate(timeout=60)
+    out, err = process.communicate(timeout=PATIENCE_S)
     assert process.returncode == 130
     assert "SIGINT: finishing this step and writing a checkpoint; once more stops at once" in out
     assert err.startswith("error: stopped by SIGINT after step") and "the same command goes on from there" in err

@@ -1,6 +1,8 @@
 """The peers of the benchmark `data`: their records, their stores, their processes; and the bound."""
 
 import json
+import os
+import signal
 import sys
 from pathlib import Path
 
@@ -181,6 +183,7 @@ def test_a_process_that_ends_or_hangs_is_named(tmp_path, this_environment, monke
     try:
         with pytest.raises(data_peers.PeerError, match="no such peer: KeyError"):
             process.ask({"do": "hello"})
+        os.kill(process._process.pid, signal.SIGSTOP)
         monkeypatch.setattr(data_peers, "REPLY_S", 0.0)
         with pytest.raises(data_peers.PeerError, match="did not answer"):
             process.ask({"do": "hello"})

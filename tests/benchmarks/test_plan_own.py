@@ -29,10 +29,12 @@ def test_the_clock_counts_computing_and_waiting_but_not_other_programs():
         recorder = spans.Spans()
         with recorder, recorder.step(1):
             time.sleep(0.05)  # as if another program had the core
+            begin = time.perf_counter()
             with data_parallel.span("communication"):
                 time.sleep(0.05)
-        assert recorder.last_step_s == pytest.approx(0.05, abs=0.03)
-        assert recorder._totals["communication"] == pytest.approx(0.05, abs=0.03)
+            wall_s = time.perf_counter() - begin
+        waited_s = recorder._totals["communication"]
+        assert 0.05 <= waited_s <= wall_s and waited_s <= recorder.last_step_s < waited_s + 0.05
     assert (spans.time, data_parallel.span) == before
 
 

@@ -4,12 +4,14 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from pathlib import Path
 
 import pytest
 
+from tests.processes import all_gone, is_alive, wait_until
 from turbopump.comms import bench, bench_ranks
 from turbopump.comms.bench import measure, trials
 from turbopump.comms.bench_ranks import Ranks, mpi_problem
@@ -22,31 +24,15 @@ from turbopump.hardware.profile import Request, Trial
 QUICK = Request(max_ranks=2, row_s=0.02)
 
 
-def soon(seconds: float = 60.0) -> float:
+def soon(seconds: float = 600.0) -> float:
     return time.monotonic() + seconds
-
-
-def is_alive(pid: int) -> bool:
-    try:
-        state = Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0]
-    except (FileNotFoundError, ProcessLookupError):
-        return False
-    return state != "Z"
-
-
-def wait_until_gone(pids: list[int], seconds: float = 10.0) -> bool:
-    until = time.monotonic() + seconds
-    while any(is_alive(pid) for pid in pids) and time.monotonic() < until:
-        time.sleep(0.02)
-    return not any(is_alive(pid) for pid in pids)
 
 
 @pytest.fixture
 def groups(monkeypatch, tmp_path):
     """Every group of ranks that is started, and their directory, which must be empty afterwards."""
     started: list[Ranks] = []
-    place = Path(os.path.realpath("/tmp")) / f"tp{os.getpid()}"  # short: a socket's path has 107 bytes
-    place.mkdir()
+    place = Path(tempfile.mkdtemp(prefix="tp", dir=os.path.realpath("/tmp")))  # short: a socket's path has 107 bytes
     monkeypatch.setattr(bench_ranks.tempfile, "tempdir", str(place))
 
     class Seen(Ranks):
@@ -56,7 +42,7 @@ def groups(monkeypatch, tmp_path):
 
     monkeypatch.setattr(bench, "Ranks", Seen)
     yield started
-    assert wait_until_gone([pid for ranks in started for pid in ranks.pids.values()])
+    assert all_gone([pid for ranks in started for pid in ranks.pids.values()])
     assert not list(place.iterdir())
     place.rmdir()
 
@@ -94,14 +80,13 @@ def test_a_killed_rank_is_a_row_and_the_next_row_has_new_ranks(groups):
     long = Request(max_ranks=2, row_s=30.0)
 
     def kill_one():
-        while not groups or len(groups[0].pids) < 2:
-            time.sleep(0.02)
-        time.sleep(0.2)
+        wait_until(lambda: groups and len(groups[0].pids) == 2, "the start of two ranks")
+        time.sleep(0.2)  # at some moment of its start or its work
         os.kill(groups[0].pids[1], signal.SIGKILL)
 
     killer = threading.Thread(target=kill_one)
     killer.start()
-    rows = measure(gloo(AllReduce(1 << 20, 2)), long, soon(200))
+    rows = measure(gloo(AllReduce(1 << 20, 2)), long, soon())
     row = next(rows)
     killer.join()
     rows.close()
@@ -130,7 +115,7 @@ def test_no_rank_outlives_an_interrupted_measurement(groups, how):
     else:
         with pytest.raises(how):
             rows.throw(how("stop"))
-    assert wait_until_gone(pids)
+    assert all_gone(pids)
 
 
 @pytest.mark.slow
@@ -140,7 +125,7 @@ def test_ranks_end_when_the_parent_is_killed(tmp_path):
         "from turbopump.comms.bench_ranks import Ranks\n"
         "ranks = Ranks('gloo', 2, 1)\n"
         "print(*ranks.pids.values(), ranks._directory, flush=True)\n"
-        "time.sleep(60)\n"
+        "time.sleep(1000)\n"
     )
     parent = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True, cwd=tmp_path,
                               env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])})  # fmt: skip
@@ -149,7 +134,7 @@ def test_ranks_end_when_the_parent_is_killed(tmp_path):
         try:
             assert all(is_alive(int(pid)) for pid in pids)
             parent.kill()
-            assert wait_until_gone([int(pid) for pid in pids])
+            assert all_gone([int(pid) for pid in pids])
         finally:
             subprocess.run(["rm", "-r", "--", directory], check=False)
 

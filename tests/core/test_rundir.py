@@ -14,7 +14,7 @@ from pathlib import Path
 from turbopump.core.rundir import RunDir
 held = RunDir(Path(sys.argv[1])).lock()
 print("held", flush=True)
-time.sleep(60)
+time.sleep(1000)
 """
 
 

@@ -6,6 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from tests.processes import PATIENCE_S
 from turbopump.core import spans
 from turbopump.core.files import read_json_lines
 from turbopump.core.spans import RunBreakdown, Spans, StepBreakdown, run_breakdown, span, step_breakdown
@@ -120,13 +121,13 @@ def test_spans_of_another_thread_are_left_out(recorded):
     def write():
         with span("checkpoint"):
             inside.set()
-            leave.wait(10)
+            leave.wait(PATIENCE_S)
 
     writer = threading.Thread(target=write)
     with recorder.step(1):
         with span("compute"):
             writer.start()
-            assert inside.wait(10)
+            assert inside.wait(PATIENCE_S)
         with span("data"):
             leave.set()
             writer.join()

@@ -1,12 +1,10 @@
 import ctypes
 import errno
-import gc
 import os
 import subprocess
 import sys
 import textwrap
 import threading
-import time
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +12,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from tests.processes import PATIENCE_S, held, nothing_left
 from turbopump.core.errors import CorruptDataError, DatasetError, UsageError
 from turbopump.data import direct, native
 from turbopump.data.direct import DirectReader
@@ -85,7 +84,11 @@ def run_alone(code):
     """Run a script in a process of its own, since it changes what all of a process shares; its output."""
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     done = subprocess.run(
-        [sys.executable, "-c", textwrap.dedent(code)], capture_output=True, env=environment, timeout=120, check=False
+        [sys.executable, "-c", textwrap.dedent(code)],
+        capture_output=True,
+        env=environment,
+        timeout=PATIENCE_S,
+        check=False,
     )
     assert done.returncode == 0, done.stderr.decode()
     return done.stdout.decode()
@@ -242,30 +245,19 @@ def test_interrupted_reads_leave_a_usable_reader(files, engine, monkeypatch):
 
 @pytest.mark.parametrize("engine", ENGINES)
 def test_closing_with_reads_under_way_leaves_nothing(files, engine):
-    def held():
-        gc.collect()
-        return len(os.listdir("/proc/self/fd")), threading.active_count(), len(os.listdir("/proc/self/task"))
-
-    def settled(wanted):  # a thread that was joined stays listed for a moment
-        for _ in range(1000):
-            if held() == wanted:
-                return True
-            time.sleep(0.01)
-        return False
-
     before = held()
     reader = opened(engine, files)
     for seed in range(4):
         reader.prefetch(*columns(random_ranges(np.random.default_rng(seed), 500)))
     reader.close()
     reader.close()
-    assert settled(before)
+    assert nothing_left(before)
     with pytest.raises(UsageError, match="closed"):
         reader.read([0], [0], [1])
     reader = opened(engine, files)
     reader.prefetch([6], [0], [100])
     del reader
-    assert settled(before)
+    assert nothing_left(before)
 
 
 # --- several threads, several processes ----------------------------------------------------------------------------

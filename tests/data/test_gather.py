@@ -13,6 +13,7 @@ import xxhash
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from tests.processes import PATIENCE_S
 from turbopump.data import gather, native
 from turbopump.data.gather import Compiled, Fetched, Reference, Result, Store, address
 from turbopump.data.ragged import offsets_of
@@ -340,7 +341,7 @@ def test_a_file_cut_short_under_its_map_is_an_error_and_not_the_end(tmp_path, co
         writer.append("train", [np.arange(80_000).reshape(-1, 8), ragged_of([b"text" * 9] * 10_000)])
         writer.finish()
     command = [sys.executable, "-X", "faulthandler", "-c", CUT_SHORT, str(tmp_path / "d")]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE_S, check=False)
     lines = done.stdout.splitlines()
     assert done.returncode == 0 and lines[-1] == "alive", done.stderr
     assert len(lines) == 7
@@ -363,7 +364,7 @@ SIGBUS_ELSEWHERE = textwrap.dedent("""
 
 def test_a_bus_error_that_is_not_ours_still_ends_the_process(tmp_path, compiled):
     command = [sys.executable, "-c", SIGBUS_ELSEWHERE, str(tmp_path / "f")]
-    assert subprocess.run(command, capture_output=True, timeout=60, check=False).returncode == -7
+    assert subprocess.run(command, capture_output=True, timeout=PATIENCE_S, check=False).returncode == -7
 
 
 @pytest.fixture

@@ -4,12 +4,14 @@ import os
 import random
 import signal
 import time
+from collections.abc import Iterator
 
 import numpy as np
 import psutil
 import pytest
 import torch
 
+from tests.processes import is_alive, wait_until
 from turbopump.core.errors import ConfigError, CorruptDataError, DatasetError, SampleError, UsageError
 from turbopump.data import read_choice
 from turbopump.data.aligned import aligned_empty
@@ -19,6 +21,21 @@ from turbopump.data.read_ahead import Filled, Task
 from turbopump.data.read_choice import judged
 from turbopump.data.sources import DIGITS, TONES
 from turbopump.data.tones import TonesConfig
+
+OTHERS: set[psutil.Process] = set()
+"""Children of this process that were there before the test: another test's, or a resource tracker."""
+
+
+@pytest.fixture(autouse=True)
+def others() -> Iterator[None]:
+    OTHERS.update(psutil.Process().children())
+    yield
+    OTHERS.clear()
+
+
+def readers() -> list[psutil.Process]:
+    """The processes that the loaders of this test have, zombies included."""
+    return [child for child in psutil.Process().children() if child not in OTHERS]
 
 
 class Noisy:
@@ -69,7 +86,7 @@ def global_batches(source, world_size, num_workers, start=0, steps=9, microbatch
     joined = []
     for parts in zip(*loaders, strict=True):
         joined.append(tuple(torch.cat([batch[i] for part in parts for batch in part]) for i in range(2)))
-    assert not psutil.Process().children()
+    assert not readers()
     return joined
 
 
@@ -113,7 +130,7 @@ def test_seek_goes_anywhere_with_and_without_workers():
             steps = [next(loader)[0][0] for _ in range(6)]
             loader.seek(2)
             assert torch.equal(next(loader)[0][0], steps[2]) and loader.step == 3
-    assert not psutil.Process().children()
+    assert not readers()
 
 
 def test_sizes_that_do_not_divide_name_the_nearest_that_do():
@@ -151,7 +168,7 @@ def test_a_sample_that_fails_is_named(num_workers, cls):
     next(loader), next(loader)
     with pytest.raises(SampleError, match=rf"sample 11 \(epoch 0\) of {cls.__name__}: ValueError: bad pixel"):
         next(loader)
-    assert not psutil.Process().children()
+    assert not readers()
     with pytest.raises(UsageError, match="closed"):
         next(loader)
 
@@ -187,7 +204,8 @@ def test_a_record_that_kills_its_process_twice_is_named_and_only_in_next(batched
     loader = Loader(source, global_batch=4, order="sequential", num_workers=2, workers="processes")
     for _ in range(4):
         next(loader)
-    time.sleep(0.5)  # the worker dies while the training process is elsewhere: nothing is raised here
+    # the reader dies while the training process is elsewhere: nothing is raised here
+    wait_until(lambda: not all(is_alive(reader.pid) for reader in readers()), "the death of a reader")
     for step in range(4, 7):  # those before are delivered
         assert next(loader)[0][1].tolist() == list(range(4 * step, 4 * step + 4))
     with pytest.raises(
@@ -195,7 +213,7 @@ def test_a_record_that_kills_its_process_twice_is_named_and_only_in_next(batched
         match=rf"killed by SIGKILL while reading sample 30 \(epoch 0\) of {loader.source.__class__.__name__}, again",
     ):
         next(loader)
-    assert not psutil.Process().children()
+    assert not readers()
 
 
 class DiesOnce(Noisy):
@@ -236,7 +254,7 @@ def test_processes_killed_from_outside_are_started_again_a_few_times(kill_every)
             for step, batches in enumerate(loader):
                 got.append(batches)
                 if step % kill_every == 0:
-                    psutil.Process().children()[0].kill()
+                    readers()[0].kill()
         except SampleError as error:
             assert kill_every == 1 and ("of this loader: " in str(error) or ", again: " in str(error))
         else:

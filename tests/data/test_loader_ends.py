@@ -5,14 +5,13 @@ import signal
 import subprocess
 import sys
 import textwrap
-import threading
 import time
 from pathlib import Path
 
-import psutil
 import pytest
 import torch
 
+from tests.processes import PATIENCE_S, all_gone, held, nothing_left
 from turbopump.data.loader import Loader
 
 KINDS = ["threads", "processes"]
@@ -31,12 +30,6 @@ class Data:
         return torch.zeros(3)
 
 
-def what_is_there():
-    """Processes, threads and open files of this process; it maps no named shared memory."""
-    assert not named_memory(os.getpid())
-    return psutil.Process().children(), threading.active_count(), sorted(os.listdir("/proc/self/fd"))
-
-
 def named_memory(pid):
     """Shared memory that would stay behind if `pid` were killed now."""
     return [line for line in Path(f"/proc/{pid}/maps").read_text().splitlines() if "/dev/shm/" in line]
@@ -49,33 +42,34 @@ def opened(workers):
 @pytest.mark.parametrize("workers", KINDS)
 def test_an_end_within_the_program_leaves_nothing(workers):
     next(opened(workers))  # what is made once and stays
-    before = what_is_there()
+    before = held()
     loader = opened(workers)
     next(loader)
-    assert what_is_there() != before
+    assert {kind for kind, _ in held() - before} >= {"thread" if workers == "threads" else "process"}
+    assert not named_memory(os.getpid())
     loader.close(), loader.close()
-    assert what_is_there() == before
+    assert nothing_left(before)
 
     assert len(list(Loader(Data(), global_batch=8, num_steps=5, num_workers=2, workers=workers))) == 5
-    assert what_is_there() == before
+    assert nothing_left(before)
 
     with pytest.raises(ZeroDivisionError), opened(workers) as loader:
         for _ in loader:
             1 / 0  # noqa: B018
-    assert what_is_there() == before
+    assert nothing_left(before)
 
     loader = opened(workers)
     batches = next(loader)
     del loader  # abandoned
-    assert what_is_there() == before and batches[0].shape == (8, 3)
+    assert nothing_left(before) and batches[0].shape == (8, 3)
 
     loader = opened(workers)
     next(loader)
     loader.seek(50)
-    assert what_is_there() == before
+    assert nothing_left(before)
     next(loader)
     loader.close()
-    assert what_is_there() == before
+    assert nothing_left(before)
 
 
 SCRIPT = textwrap.dedent("""
@@ -101,19 +95,12 @@ def start_script(workers, end=None):
     return process, pids
 
 
-def all_gone(pids, within_s):
-    end = time.monotonic() + within_s
-    while time.monotonic() < end and any(os.path.exists(f"/proc/{pid}") for pid in pids):
-        time.sleep(0.05)
-    return not any(os.path.exists(f"/proc/{pid}") for pid in pids)
-
-
 @pytest.mark.parametrize("workers", KINDS)
 def test_ctrl_c_leaves_no_process_behind(workers):
     process, pids = start_script(workers)
     os.killpg(process.pid, signal.SIGINT)  # as a terminal does: to the workers, too
-    _, stderr = process.communicate(timeout=20)
-    assert all_gone(pids, 5)
+    _, stderr = process.communicate(timeout=PATIENCE_S)
+    assert all_gone(pids)
     assert stderr.count("KeyboardInterrupt") == 1  # the workers printed no traceback of their own
 
 
@@ -121,8 +108,8 @@ def test_ctrl_c_leaves_no_process_behind(workers):
 @pytest.mark.parametrize("end", ["sys.exit(3)", "os._exit(3)"])
 def test_an_end_without_close_does_not_hang(workers, end):
     process, pids = start_script(workers, end)
-    _, stderr = process.communicate(timeout=20)
-    assert process.returncode == 3 and all_gone(pids, 20) and not stderr
+    _, stderr = process.communicate(timeout=PATIENCE_S)
+    assert process.returncode == 3 and all_gone(pids) and not stderr
 
 
 @pytest.mark.parametrize("workers", KINDS)
@@ -130,8 +117,8 @@ def test_an_end_without_close_does_not_hang(workers, end):
 def test_a_killed_training_process_takes_its_workers_with_it(workers, number):
     process, pids = start_script(workers)
     process.send_signal(number)
-    process.communicate(timeout=20)
-    assert process.returncode == -number and all_gone(pids, 20)
+    process.communicate(timeout=PATIENCE_S)
+    assert process.returncode == -number and all_gone(pids)
 
 
 def test_workers_of_a_process_with_busy_threads_do_not_hang():
@@ -149,6 +136,6 @@ def test_workers_of_a_process_with_busy_threads_do_not_hang():
             print(len([batch for batch in loader if torch.ones(1000, 1000).sum() == 1e6]))
     """).replace("PATHS", repr(sys.path))
     environment = {name: value for name, value in os.environ.items() if name != "OMP_NUM_THREADS"}
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60, env=environment,
-                          check=False)  # fmt: skip
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=PATIENCE_S,
+                          env=environment, check=False)  # fmt: skip
     assert done.stdout == "5\n", done.stderr

@@ -16,6 +16,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from tests.processes import PATIENCE_S
 from turbopump.core.errors import CorruptDataError, UsageError
 from turbopump.data.format import open_dataset, verify_dataset
 from turbopump.data.gather import Reference
@@ -441,7 +442,7 @@ def test_sources_travel_by_pickle_and_fork(stored, reading):
     ids = ids[:-1]
     process = context.Process(target=child)
     process.start()
-    assert results.get(timeout=30) == "fine"
+    assert results.get(timeout=PATIENCE_S) == "fine"
     process.join()
     same(source.__getitems__(ids), COLUMNS, ids)
 

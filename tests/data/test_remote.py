@@ -10,6 +10,7 @@ import warnings
 import numpy as np
 import pytest
 
+from tests.processes import PATIENCE_S
 from tests.range_server import RangeServer
 from turbopump.core.errors import CacheError, DatasetError, RemoteError, UsageError
 from turbopump.data import block_cache
@@ -205,7 +206,7 @@ def test_a_forked_child_reads_with_a_helper_of_its_own(reader):
     reader.prefetch(*some_ranges(1))
     child = os.fork()
     if child == 0:
-        signal.alarm(30)
+        signal.alarm(int(PATIENCE_S))
         good = False
         try:
             good = all(is_right(reader.read(*some_ranges(seed)), *some_ranges(seed)) for seed in (0, 1, 2))
@@ -272,7 +273,7 @@ def test_four_processes_on_a_cache_smaller_than_the_data_read_right_bytes(server
     for worker in workers:
         worker.start()
     for worker in workers:
-        worker.join(60)
+        worker.join(PATIENCE_S)
     assert [worker.exitcode for worker in workers] == [0] * 4
 
 
@@ -284,7 +285,7 @@ def test_a_block_is_fetched_once_by_two_processes(server, tmp_path):
         for worker in workers:
             worker.start()
         for worker in workers:
-            worker.join(60)
+            worker.join(PATIENCE_S)
         assert [worker.exitcode for worker in workers] == [0] * 3
     finally:
         server.latency_s = 0.0

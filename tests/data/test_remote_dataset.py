@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 from moto.server import ThreadedMotoServer
 
+from tests.processes import PATIENCE_S
 from tests.range_server import RangeServer
 from turbopump.core.errors import ConfigError, CorruptDataError, DatasetError, RemoteError, UsageError
 from turbopump.data import block_cache
@@ -94,7 +95,7 @@ def s3(local):
     url = "http://{}:{}".format(*server.get_host_and_port())
     kind = {"Content-Type": "application/octet-stream"}  # else it is taken for a form
     for path, body in [("bucket", b""), *objects_of(local).items()]:
-        urlopen(Request(f"{url}/{path}", body, kind, method="PUT"), timeout=20).close()
+        urlopen(Request(f"{url}/{path}", body, kind, method="PUT"), timeout=PATIENCE_S).close()
     yield url
     server.stop()
 

@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from tests.processes import PATIENCE_S, wait_until
 from turbopump.core.errors import ProfileError, RunDirectoryError
 from turbopump.data import bench, checkpoint_bench, fio, scratch
 from turbopump.data.io_uring import Ring
@@ -28,7 +29,7 @@ def request(directory, **more):
     return Request(**{"directory": directory, "row_s": 0.004, **more})
 
 
-def measured(trials, directory, seconds=60.0, **more):
+def measured(trials, directory, seconds=600.0, **more):
     return list(bench.measure(trials, request(directory, **more), time.monotonic() + seconds))
 
 
@@ -207,12 +208,12 @@ def test_a_file_system_without_o_direct_gives_rows_with_a_problem(tmp_path, monk
 def test_time_that_is_up_leaves_trials_out(tmp_path):
     trials = [Trial(RANDOM, "pread")] * 3
     assert measured(trials, tmp_path, seconds=0.0) == []
-    assert len(measured(trials, tmp_path, seconds=60)) == 3
+    assert len(measured(trials, tmp_path, seconds=600)) == 3
 
 
 def test_an_abandoned_measurement_gives_everything_back(tmp_path):
     before = number_of_descriptors()
-    rows = bench.measure([Trial(RANDOM, "pread"), Trial(CACHED, "mmap")], request(tmp_path), time.monotonic() + 60)
+    rows = bench.measure([Trial(RANDOM, "pread"), Trial(CACHED, "mmap")], request(tmp_path), time.monotonic() + 600)
     next(rows)
     rows.close()
     assert number_of_descriptors() <= before and list(tmp_path.iterdir()) == []
@@ -287,7 +288,7 @@ from turbopump.data.ops import RandomRead, CheckpointWrite, SequentialWrite
 from turbopump.hardware.profile import Request, Trial
 trials = [Trial(RandomRead(4096, 4), "pread"), Trial(CheckpointWrite(4 << 20), "checkpoint writer"),
           Trial(SequentialWrite(1 << 19), "write + fsync")]
-for row in bench.measure(trials, Request(directory=Path(sys.argv[1]), row_s=0.01), time.monotonic() + 60):
+for row in bench.measure(trials, Request(directory=Path(sys.argv[1]), row_s=0.01), time.monotonic() + 600):
     print(row.problem)
 """
 
@@ -331,7 +332,7 @@ if named == "named":  # a file system without O_TMPFILE
     scratch.os.O_TMPFILE = 0
 op = RandomRead(4096, 4) if op == "read" else CheckpointWrite(4 << 20)
 request = Request(directory=Path(sys.argv[1]), row_s=0.02)
-for row in bench.measure([Trial(op, route)] * 10**6, request, time.monotonic() + 60):
+for row in bench.measure([Trial(op, route)] * 10**6, request, time.monotonic() + 600):
     print(row.problem or "row", flush=True)
 """
 
@@ -347,12 +348,10 @@ def test_nothing_is_left_when_killed(tmp_path, op, route, named, stop):
         assert [process.stdout.readline() for _ in range(3)] == ["row\n"] * 3
     finally:
         process.send_signal(stop)
-        process.wait(timeout=30)
+        process.wait(timeout=PATIENCE_S)
         process.stdout.close()
-    deadline = time.monotonic() + 20  # of a checkpoint the process that outlives its owner removes the directory
-    while list(tmp_path.iterdir()) and time.monotonic() < deadline:
-        time.sleep(0.02)
-    assert list(tmp_path.iterdir()) == []
+    # of a checkpoint the process that outlives its owner removes the directory
+    wait_until(lambda: not list(tmp_path.iterdir()), "the end of all that was written")
 
 
 def test_what_a_dead_probe_left_is_swept_and_what_a_living_one_holds_is_not(tmp_path):

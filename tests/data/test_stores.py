@@ -2,13 +2,14 @@
 
 import os
 import signal
-import time
+import socket
 from pathlib import Path
 from urllib.request import Request, urlopen
 
 import pytest
 from moto.server import ThreadedMotoServer
 
+from tests.processes import PATIENCE_S, wait_until
 from tests.range_server import RangeServer
 from turbopump.core.errors import RemoteError, UsageError
 from turbopump.data.stores import Store, check_key, open_store
@@ -80,7 +81,7 @@ def test_a_store_used_before_fork_serves_the_child_too(store):
     assert store.get_range("a.bin", 0, 5) == DATA[:5]
     child = os.fork()
     if child == 0:
-        signal.alarm(30)
+        signal.alarm(int(PATIENCE_S))
         os._exit(0 if store.get_range("a.bin", 5, 10) == DATA[5:10] else 1)
     assert os.waitpid(child, 0)[1] == 0
     assert store.get_range("a.bin", 10, 15) == DATA[10:15]
@@ -91,9 +92,7 @@ def test_a_helper_that_is_killed_is_replaced(store):
     killed = store._helper._process
     killed.kill()
     killed.wait()
-    deadline = time.monotonic() + 30
-    while not store._helper.dead and time.monotonic() < deadline:
-        time.sleep(0.01)
+    wait_until(lambda: store._helper.dead, "word of the helper's death")
     assert store.get_range("a.bin", 0, 5) == DATA[:5]
 
 
@@ -107,10 +106,7 @@ def test_the_helper_ends_with_its_process(server):
         os.kill(os.getpid(), signal.SIGKILL)
     os.waitpid(child, 0)
     helper = int(os.read(read, 20))
-    deadline = time.monotonic() + 30
-    while command_of(helper) and time.monotonic() < deadline:
-        time.sleep(0.05)
-    assert not command_of(helper)
+    wait_until(lambda: not command_of(helper), "the end of the helper")
 
 
 def command_of(pid: int) -> str:
@@ -123,8 +119,9 @@ def command_of(pid: int) -> str:
 
 
 def test_an_empty_port_is_a_clear_error():
-    with pytest.raises(RemoteError, match="given up after 2 tries"):
-        open_store("http://127.0.0.1:9/x", limits={"max_tries": 2}).get("a")
+    with socket.socket() as taken, pytest.raises(RemoteError, match="given up after 2 tries"):
+        taken.bind(("127.0.0.1", 0))  # and never listens: nobody else can either
+        open_store(f"http://127.0.0.1:{taken.getsockname()[1]}/x", limits={"max_tries": 2}).get("a")
 
 
 def test_a_directory_is_a_store(tmp_path):
@@ -148,7 +145,7 @@ def test_a_real_s3_server(monkeypatch):
         monkeypatch.setenv("AWS_ENDPOINT_URL", url)
         kind = {"Content-Type": "application/octet-stream"}  # else it is taken for a form
         for path, body in [("", b""), *((f"/set/{i}.bin", DATA[i:]) for i in range(3))]:
-            urlopen(Request(f"{url}/bucket{path}", body, kind, method="PUT"), timeout=20).close()
+            urlopen(Request(f"{url}/bucket{path}", body, kind, method="PUT"), timeout=PATIENCE_S).close()
         store = open_store("s3://bucket/set", limits=LIMITS)  # credentials and address from the environment
         assert store.list() == [(f"{i}.bin", len(DATA) - i) for i in range(3)]
         assert store.get("1.bin") == DATA[1:] and store.size("2.bin") == len(DATA) - 2

@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from tests.processes import PATIENCE_S, group_gone
 from turbopump.core.errors import DatasetError, UsageError
 from turbopump.data.format import open_dataset, verify_dataset
 from turbopump.data.manifest import Field, read_manifest
@@ -180,41 +181,32 @@ def test_a_failed_overwrite_leaves_the_old_dataset(tmp_path):
 # ---- packs that are killed -------------------------------------------------------------------------------------------
 
 PACK = textwrap.dedent("""
-    import sys
+    import sys, time
     import turbopump.pack as packing
     packing.PARTITION_BYTES = (30_000, 30_000)
     from turbopump.core.errors import TurbopumpError
-    source, place, kind = sys.argv[1:4]
+    source, place, kind, report_s = sys.argv[1:5]
     options = {"tokenizer": "bpe", "vocab_size": 300} if kind == "bpe" else {}
     try:
-        packing.pack(source, place, num_processes=2, validation=0.1, shard_bytes=8192, **options)
+        packing.pack(source, place, num_processes=2, validation=0.1, shard_bytes=8192,
+                     progress=lambda _: time.sleep(float(report_s)), **options)
     except TurbopumpError as error:
         sys.exit(f"{type(error).__name__}: {error}")
 """)
 
 
-def start(source, place, kind="bytes"):
+def start(source, place, kind="bytes", *, report_s=0.05):
+    """A pack that pauses at every report, so that whoever wants to stop it in its midst comes in time."""
     return subprocess.Popen(
-        [sys.executable, "-c", PACK, str(source), str(place), kind],
+        [sys.executable, "-c", PACK, str(source), str(place), kind, str(report_s)],
         stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True,
     )  # fmt: skip
 
 
 def pack_whole(source, place, kind="bytes"):
-    process = start(source, place, kind)
-    _, errors = process.communicate(timeout=60)
+    process = start(source, place, kind, report_s=0)
+    _, errors = process.communicate(timeout=PATIENCE_S)
     assert process.returncode == 0, errors
-
-
-def wait_for_group(group):
-    end = time.monotonic() + 20
-    while time.monotonic() < end:
-        try:
-            os.killpg(group, 0)
-        except ProcessLookupError:
-            return
-        time.sleep(0.02)
-    raise AssertionError("processes of a killed pack live on")
 
 
 @pytest.fixture(scope="module")
@@ -231,9 +223,8 @@ def texts(tmp_path_factory):
 @pytest.fixture(scope="module")
 def whole(texts, tmp_path_factory):
     place = tmp_path_factory.mktemp("whole") / "d"
-    begin = time.monotonic()
     pack_whole(texts, place)
-    return place, time.monotonic() - begin
+    return place
 
 
 def sealed(staging):
@@ -248,7 +239,7 @@ def sealed(staging):
 
 @pytest.mark.slow
 def test_packs_killed_at_any_moment_go_on_to_the_same_bytes(texts, whole, tmp_path):
-    place, expected = tmp_path / "d", all_bytes(whole[0])
+    place, expected = tmp_path / "d", all_bytes(whole)
     staging = tmp_path / ".d.partial"
     moments = random.Random(0)
     resumed = 0
@@ -263,8 +254,8 @@ def test_packs_killed_at_any_moment_go_on_to_the_same_bytes(texts, whole, tmp_pa
         time.sleep(moments.uniform(0, 0.01))
         with suppress(ProcessLookupError):
             os.kill(process.pid, signal.SIGKILL)
-        process.communicate(timeout=20)
-        wait_for_group(process.pid)
+        process.communicate(timeout=PATIENCE_S)
+        assert group_gone(process.pid), "processes of a killed pack live on"
         if not place.exists():
             before = {} if (staging / "manifest.json").exists() else sealed(staging)
             resumed += bool(before)
@@ -286,11 +277,11 @@ def test_a_killed_worker_is_named_and_what_was_finished_stays(texts, whole, tmp_
         time.sleep(0.002)
     children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
     os.kill(int(children[0]), signal.SIGKILL)
-    _, errors = process.communicate(timeout=30)
+    _, errors = process.communicate(timeout=PATIENCE_S)
     assert process.returncode == 1 and "DatasetError: a packing process was killed" in errors
     assert len(sealed(staging)) >= 4
     pack_whole(texts, tmp_path / "d")
-    assert all_bytes(tmp_path / "d") == all_bytes(whole[0])
+    assert all_bytes(tmp_path / "d") == all_bytes(whole)
 
 
 def stopped_at(count):
@@ -361,10 +352,10 @@ def test_two_packs_at_one_place(texts, tmp_path):
         time.sleep(0.002)
     os.kill(first.pid, signal.SIGSTOP)
     second = start(texts, tmp_path / "d")
-    _, errors = second.communicate(timeout=30)
+    _, errors = second.communicate(timeout=PATIENCE_S)
     os.kill(first.pid, signal.SIGCONT)
     assert second.returncode == 1 and "UsageError: another process is packing to" in errors
-    _, errors = first.communicate(timeout=60)
+    _, errors = first.communicate(timeout=PATIENCE_S)
     assert first.returncode == 0, errors
     verify_dataset(tmp_path / "d")
 
@@ -389,7 +380,7 @@ def test_packs_that_race_leave_one_whole_dataset(tmp_path):
     processes = [context.Process(target=race, args=(number, results)) for number in range(3)]
     for process in processes:
         process.start()
-    outcomes = [results.get(timeout=60) for _ in range(36)]
+    outcomes = [results.get(timeout=PATIENCE_S) for _ in range(36)]
     for process in processes:
         process.join()
     assert set(outcomes) <= {"written", "refused"} and "written" in outcomes
@@ -401,8 +392,8 @@ def test_a_full_disk_keeps_what_is_finished(texts, tmp_path):
     script = "import resource\nresource.setrlimit(resource.RLIMIT_FSIZE, (30_000, 30_000))\n" + PACK.replace(
         "shard_bytes=8192", "shard_bytes=1 << 20"
     )
-    command = [sys.executable, "-c", script, str(texts), str(tmp_path / "d"), "bytes"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    command = [sys.executable, "-c", script, str(texts), str(tmp_path / "d"), "bytes", "0"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE_S, check=False)
     assert done.returncode == 1 and f"DatasetError: cannot write {tmp_path / 'd'}" in done.stderr
     assert not (tmp_path / "d").exists() and not list(tmp_path.glob(".d.partial/part-*.json"))
     with pytest.raises(DatasetError):

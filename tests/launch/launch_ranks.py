@@ -20,7 +20,7 @@ from turbopump.core.errors import CheckpointError, ConfigError, Interrupted
 CPU = torch.device("cpu")
 
 
-def join(timeout_s: float = 60.0) -> RankEnvironment:
+def join(timeout_s: float = 300.0) -> RankEnvironment:
     return process_group.init_process_group(CPU, timeout_s)
 
 
@@ -78,12 +78,13 @@ def forever(folder: Path) -> None:
 
 
 def deaf(folder: Path) -> None:
-    """Never ends by itself, whatever it is told."""
+    """Never ends by itself, whatever it is told; `heard<rank>` is the signal it was told with."""
     place = join()
     for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, signal.SIG_IGN)
+        signal.signal(number, lambda n, _: tell(folder, f"heard{place.rank}", n))
     tell(folder, f"pid{place.rank}", os.getpid())
-    time.sleep(1000)
+    while True:
+        time.sleep(1000)
 
 
 def fail(how: str) -> None:

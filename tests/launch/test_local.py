@@ -5,8 +5,7 @@ import os
 import signal
 import subprocess
 import sys
-import time
-from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 import psutil
@@ -14,6 +13,7 @@ import pytest
 import torch
 
 from tests.launch import launch_ranks as ranks
+from tests.processes import PATIENCE_S, all_gone, is_alive, wait_until
 from turbopump.core.errors import CheckpointError, ConfigError, RankError, UsageError
 from turbopump.launch.local import cores_per_rank, launch_local
 from turbopump.launch.watch import Watch, last_lines
@@ -24,31 +24,42 @@ pytestmark = pytest.mark.slow  # whole processes or a browser: not for `make che
 HERE = Path(__file__).parent
 
 
-def own_children() -> list[psutil.Process]:
-    """Living children of this process but the resource tracker, which multiprocessing keeps for good."""
-    children = psutil.Process().children(recursive=True)
-    return [c for c in children if c.status() != "zombie" and "resource_tracker" not in " ".join(c.cmdline())]
-
-
-def wait_for(condition: Callable[[], bool], what: str, limit_s: float = 60.0) -> None:
-    end = time.monotonic() + limit_s
-    while not condition():
-        assert time.monotonic() < end, f"{what} did not happen"
-        time.sleep(0.02)
+def living_ranks() -> list[psutil.Process]:
+    """Processes below this one that multiprocessing spawned: not its resource tracker, which it keeps for good."""
+    found = []
+    for child in psutil.Process().children(recursive=True):
+        with suppress(psutil.NoSuchProcess):  # it ended while we looked
+            if "spawn_main" in " ".join(child.cmdline()):
+                found.append(child)
+    return found
 
 
 def read(path: Path) -> object:
     return json.loads(path.read_text())
 
 
-def start(function: str, folder: Path) -> tuple[subprocess.Popen[str], list[int]]:
-    """A launcher in a session of its own (as a terminal's), its two ranks running; their pids."""
-    launcher = subprocess.Popen(
+def start_launcher(function: str, folder: Path) -> subprocess.Popen[str]:
+    """A launcher in a session of its own (as a terminal's)."""
+    return subprocess.Popen(
         [sys.executable, str(HERE / "launch_start.py"), function, str(folder)],
-        stdout=subprocess.PIPE, text=True, start_new_session=True,
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True,
     )  # fmt: skip
-    wait_for(lambda: (folder / "pid0").exists() and (folder / "pid1").exists(), "the start of both ranks")
+
+
+def start(function: str, folder: Path) -> tuple[subprocess.Popen[str], list[int]]:
+    """A launcher and its two ranks, which run; their pids."""
+    launcher = start_launcher(function, folder)
+    wait_for_both(folder, "pid", launcher)
     return launcher, [int(str(read(folder / f"pid{rank}"))) for rank in range(2)]
+
+
+def wait_for_both(folder: Path, what: str, launcher: subprocess.Popen[str]) -> None:
+    """Until both ranks have written their file `what`; the launcher does not outlive a failure."""
+    try:
+        wait_until(lambda: (folder / f"{what}0").exists() and (folder / f"{what}1").exists(), f"{what} of both ranks")
+    except AssertionError:
+        launcher.kill()
+        raise
 
 
 def test_healthy_ranks(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
@@ -72,7 +83,7 @@ def test_healthy_ranks(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> Non
     assert (tmp_path / "logs" / "rank1.log").read_text() == "out of rank 1\nerr of rank 1\n"
     assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR2)] == handlers
     assert dict(os.environ) == environment
-    assert own_children() == []
+    assert living_ranks() == []
 
 
 def test_one_process_runs_here(tmp_path: Path) -> None:
@@ -93,7 +104,7 @@ def test_typed_error_passes_through(
     assert not caplog.records
     assert "raised on rank 1" in caught.value.__notes__[0] and "Traceback" in caught.value.__notes__[0]
     assert "Traceback" not in "".join(capfd.readouterr())
-    assert own_children() == []
+    assert living_ranks() == []
 
 
 @pytest.mark.parametrize(
@@ -113,7 +124,7 @@ def test_a_rank_that_fails_is_named(how: str, expected: str, tmp_path: Path, cap
     assert str(caught.value).startswith(expected)
     assert str(caught.value).endswith(f": {tmp_path / 'rank1.log'}") and "\n" not in str(caught.value)
     assert "Traceback" not in "".join(capfd.readouterr())
-    assert own_children() == []
+    assert living_ranks() == []
 
 
 @pytest.mark.slow
@@ -126,28 +137,29 @@ def test_exit_code_zero_is_success(tmp_path: Path) -> None:
 def test_deaf_ranks_are_ended_after_a_death(tmp_path: Path) -> None:
     launcher, pids = start("deaf", tmp_path)
     os.kill(pids[1], signal.SIGKILL)
-    out, _ = launcher.communicate(timeout=20)  # far less than torch's grace of 30 s
+    out, _ = launcher.communicate(timeout=PATIENCE_S)
     assert out.startswith("error: RankError: rank 1 was killed by SIGKILL") and launcher.returncode == 1
-    assert not any(psutil.pid_exists(pid) for pid in pids)
+    assert not (tmp_path / "heard0").exists(), "killed by the watch, not by torch's SIGTERM and its grace of 30 s"
+    assert all_gone(pids)
 
 
 @pytest.mark.slow
 def test_second_signal_kills_at_once(tmp_path: Path) -> None:
     launcher, pids = start("deaf", tmp_path)
     launcher.send_signal(signal.SIGINT)
-    time.sleep(1)
-    assert launcher.poll() is None and all(psutil.pid_exists(pid) for pid in pids)
+    wait_for_both(tmp_path, "heard", launcher)
+    assert launcher.poll() is None and all(map(is_alive, pids))
     launcher.send_signal(signal.SIGINT)
-    out, _ = launcher.communicate(timeout=20)
+    out, _ = launcher.communicate(timeout=PATIENCE_S)
     assert "Interrupted: killed at once by a second signal" in out and launcher.returncode == 130
-    assert not any(psutil.pid_exists(pid) for pid in pids)
+    assert all_gone(pids)
 
 
 @pytest.mark.slow
 def test_sigterm_is_passed_on_and_waited_for(tmp_path: Path) -> None:
     launcher, _ = start("forever", tmp_path)
     launcher.terminate()
-    out, _ = launcher.communicate(timeout=60)
+    out, _ = launcher.communicate(timeout=PATIENCE_S)
     assert out == "error: Interrupted: stopped by SIGTERM, checkpoint written\n" and launcher.returncode == 143
     assert [read(tmp_path / f"stopped{rank}") for rank in range(2)] == [[signal.SIGTERM]] * 2
 
@@ -155,20 +167,16 @@ def test_sigterm_is_passed_on_and_waited_for(tmp_path: Path) -> None:
 def test_ctrl_c_at_the_terminal_reaches_each_rank_once(tmp_path: Path) -> None:
     launcher, _ = start("forever", tmp_path)
     os.killpg(launcher.pid, signal.SIGINT)  # what a terminal does
-    out, _ = launcher.communicate(timeout=60)
+    out, _ = launcher.communicate(timeout=PATIENCE_S)
     assert out == "error: Interrupted: stopped by SIGINT, checkpoint written\n" and launcher.returncode == 130
     assert [read(tmp_path / f"stopped{rank}") for rank in range(2)] == [[signal.SIGINT]] * 2
 
 
 def test_ctrl_c_while_ranks_start(tmp_path: Path) -> None:
-    launcher = subprocess.Popen(
-        [sys.executable, str(HERE / "launch_start.py"), "forever", str(tmp_path)],
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True,
-    )  # fmt: skip
-    wait_for(lambda: sum("spawn_main" in " ".join(c.cmdline()) for c in psutil.Process(launcher.pid).children()) == 2,
-             "spawning")  # fmt: skip
+    launcher = start_launcher("starting", tmp_path)
+    wait_until(lambda: len(list(tmp_path.glob("starting*"))) == 2, "the spawning of both ranks")
     os.killpg(launcher.pid, signal.SIGINT)
-    out, err = launcher.communicate(timeout=60)
+    out, err = launcher.communicate(timeout=PATIENCE_S)
     assert out == "error: Interrupted: stopped by SIGINT before the ranks had started\n" and launcher.returncode == 130
     assert "Traceback" not in err
 
@@ -177,7 +185,7 @@ def test_killed_launcher_leaves_no_orphan(tmp_path: Path) -> None:
     launcher, pids = start("deaf", tmp_path)
     launcher.kill()
     launcher.communicate()
-    wait_for(lambda: not any(psutil.pid_exists(pid) for pid in pids), "the end of both ranks", limit_s=2.0)
+    assert all_gone(pids)
 
 
 def test_what_cannot_be_sent_is_a_usage_error(tmp_path: Path) -> None:
@@ -189,7 +197,7 @@ def test_what_cannot_be_sent_is_a_usage_error(tmp_path: Path) -> None:
 
 def test_a_script_without_a_guard_is_told(tmp_path: Path) -> None:
     command = [sys.executable, str(HERE / "launch_unguarded.py")]
-    done = subprocess.run(command, check=False, capture_output=True, text=True, timeout=60)
+    done = subprocess.run(command, check=False, capture_output=True, text=True, timeout=PATIENCE_S)
     assert done.stdout.startswith("error: UsageError: put the call that starts the run under `if __name__")
     assert "Traceback" not in done.stderr
 
@@ -213,17 +221,20 @@ def test_clean_exits(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
 def test_start_that_takes_too_long(tmp_path: Path) -> None:
     with pytest.raises(RankError, match=r"rank 0, 1 did not start within launch.timeout_s \(0.1 s\)"):
         launch_local(ranks.fail_everywhere, (), num_processes=2, timeout_s=0.1, log_dir=tmp_path)
-    assert own_children() == []
+    assert living_ranks() == []
 
 
 def test_done_ranks_are_success_whatever_their_exit_code(tmp_path: Path) -> None:
     job = Job(None, tmp_path, tmp_path, 1, os.getpid(), "lo")
     for rank in range(2):
         job.outcome(rank).write_text('{"kind": "done"}')
-    watch = Watch(job, 2, 60.0)
-    watch.pids = {rank: subprocess.Popen([sys.executable, "-c", "import os; os.abort()"]).pid for rank in range(2)}
-    wait_for(watch.is_over, "the end")
+    watch = Watch(job, 2, PATIENCE_S)
+    processes = [subprocess.Popen([sys.executable, "-c", "import os; os.abort()"]) for _ in range(2)]
+    watch.pids = {rank: process.pid for rank, process in enumerate(processes)}
+    wait_until(watch.is_over, "the end")
     watch.verdict()
+    for process in processes:
+        process.wait()
 
 
 def test_last_lines(tmp_path: Path) -> None:

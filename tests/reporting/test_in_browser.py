@@ -2,11 +2,11 @@
 
 import json
 import shutil
-import time
 from pathlib import Path
 
 import pytest
 
+from tests.processes import wait_until
 from tests.synthetic_run import Shape, write_run
 from turbopump.report import report
 
@@ -62,11 +62,8 @@ def show(browser, page: Path, *, width: int = 1280, dark: bool = False) -> None:
 
 
 def wait(browser, script: str) -> None:
-    """Until the page says true; 30 s is for a loaded machine, not a measurement."""
-    deadline = time.monotonic() + 30
-    while not browser.execute_script(script):
-        assert time.monotonic() < deadline, f"never became true: {script}"
-        time.sleep(0.05)
+    """Until the page says true."""
+    wait_until(lambda: browser.execute_script(script), script)
 
 
 def requests(browser) -> list[str]:

@@ -71,7 +71,7 @@ def whole(tensor: torch.Tensor) -> torch.Tensor:
 
 def open_run(directory: str, rank: int, world_size: int, **settings) -> Checkpoints:
     return Checkpoints(Path(directory), CheckpointConfig(**settings), run_id="run", rank=rank, world_size=world_size,
-                       timeout_s=30)  # fmt: skip
+                       timeout_s=300)  # fmt: skip
 
 
 def run_ranks(work, world_size: int, directory: str) -> None:
@@ -150,7 +150,7 @@ def fail_on_one_rank(rank: int, world_size: int, directory: str) -> None:
     state.step = 2
     checkpoints.save(state)
     raised_at = None
-    for step in range(2, 200):  # the training loop: ranks are held together once a step
+    for step in range(2, 20_000):  # the training loop: ranks are held together once a step
         try:
             checkpoints.poll()
         except CheckpointError as error:
@@ -191,11 +191,9 @@ def die_while_saving(rank: int, world_size: int, directory: str) -> None:
 
     os.fsync = slow
     state.step = 2
-    begin = time.monotonic()
     checkpoints.save(state)
-    with pytest.raises(CheckpointError, match="another rank died"):
+    with pytest.raises(CheckpointError, match=r"another rank died .*[cC]onnection"):  # and not "Timed out waiting"
         checkpoints.wait()
-    assert time.monotonic() - begin < 25, "noticed by the broken connection, not by the time limit"
     os._exit(0)
 
 
