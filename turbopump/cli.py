@@ -407,6 +407,7 @@ def plan(
 def pack(
     *paths: str,
     tokenizer: str | None = None,
+    tokenizer_pattern: str | None = None,
     vocab_size: int = 4096,
     validation: float = 0.05,
     include: Annotated[tuple[str, ...], Parameter(negative=(), consume_multiple=True)] = (),
@@ -436,7 +437,10 @@ def pack(
         directory to write.
     tokenizer
         bytes (256 tokens; what text gets by itself), bpe (byte-level sub-words, trained on the training split), a
-        tokenizer.json of the tokenizers library, or none: text stays text, a row a document.
+        tokenizer.json of the tokenizers library, a .tiktoken file, or none: text stays text, a row a document.
+    tokenizer_pattern
+        What cuts text into words for a .tiktoken file: r50k_base, p50k_base, cl100k_base, o200k_base or a regular
+        expression. The published files are known by their content and need none.
     vocab_size
         Tokens of a bpe vocabulary.
     validation
@@ -466,9 +470,9 @@ def pack(
     *sources, destination = paths
     begin = time.monotonic()
     manifest = verb(
-        sources, destination, tokenizer=tokenizer, vocab_size=vocab_size, validation=validation, include=include,
-        format=format, text_field=text_field, columns=columns, key=key, num_processes=num_processes or None,
-        shard_bytes=shard_bytes, overwrite=overwrite, progress=_PackLine(),
+        sources, destination, tokenizer=tokenizer, tokenizer_pattern=tokenizer_pattern, vocab_size=vocab_size,
+        validation=validation, include=include, format=format, text_field=text_field, columns=columns, key=key,
+        num_processes=num_processes or None, shard_bytes=shard_bytes, overwrite=overwrite, progress=_PackLine(),
     )  # fmt: skip
     print(f"packed {manifest.rows:,} rows, {human_bytes(manifest.bytes)}, into {destination} in "
           f"{human_seconds(time.monotonic() - begin)}; next: turbopump inspect {destination}")  # fmt: skip

@@ -19,7 +19,7 @@ from typing import Any
 from turbopump.core.errors import DatasetError, UsageError
 from turbopump.core.files import digest
 from turbopump.core.version import VERSION
-from turbopump.data import corpus, text
+from turbopump.data import corpus, text, tiktoken_ranks
 from turbopump.data.corpus import BadTextError, Piece
 from turbopump.data.inputs.protocol import Input
 from turbopump.data.inputs.python import from_python
@@ -75,6 +75,7 @@ def pack(
     destination: Path | str,
     *,
     tokenizer: str | None = None,
+    tokenizer_pattern: str | None = None,
     vocab_size: int = 4096,
     validation: float = 0.05,
     include: Sequence[str] = (),
@@ -93,8 +94,9 @@ def pack(
     docs/pack-inputs.md), the word `stdlib` (the sources of Python's standard library); or, from Python, arrays, a
     DataFrame or table, or any other iterable or map-style dataset.
 
-    Text becomes a stream of tokens by `tokenizer`, which is `bytes` (the default), `bpe` (trained on it) or a
-    `tokenizer.json`, or rows as it is with `none`; of a table, the column `text_field`. Everything else becomes rows:
+    Text becomes a stream of tokens by `tokenizer`, which is `bytes` (the default), `bpe` (trained on it), a
+    `tokenizer.json` or a `.tiktoken` file (`tokenizer_pattern` cuts its words: the name of an encoding or a regular
+    expression), or rows as it is with `none`; of a table, the column `text_field`. Everything else becomes rows:
     all columns, or `columns`. `validation` is the share held out: by a hash of the column `key`, of the file's name or
     of the row's number, or the end of each text where there are few; an input's own splits are kept.
 
@@ -108,11 +110,11 @@ def pack(
             f"all its files (e.g. `aws s3 cp --recursive FOLDER {destination}`), and give the address as data.path"
         )
     destination = Path(destination)
-    _check_options(tokenizer, vocab_size, validation, num_processes, shard_bytes)
+    _check_options(tokenizer, tokenizer_pattern, vocab_size, validation, num_processes, shard_bytes)
     check_destination(destination, overwrite)
     packing = _open(source, destination, tokenizer, validation, include, format, text_field, columns, key)
     kind = str(tokenizer or "bytes") if packing.is_text and tokenizer != "none" else None
-    given = text.read_tokenizer(Path(kind)) if kind is not None and kind.endswith(".json") else None
+    given = text.read_tokenizer(Path(kind), tokenizer_pattern) if kind not in (None, "bytes", "bpe") else None
     options = [
         VERSION, kind, given and digest(given.dumps()), vocab_size, validation, shard_bytes, PARTITION_BYTES,
         list(columns), text_field, key,
@@ -146,16 +148,22 @@ def _write(
 
 
 def _check_options(
-    tokenizer: str | None, vocab_size: int, validation: float, num_processes: int | None, shard_bytes: int
-) -> None:
+    tokenizer: str | None, tokenizer_pattern: str | None, vocab_size: int, validation: float,
+    num_processes: int | None, shard_bytes: int,
+) -> None:  # fmt: skip
     if not 0 <= validation < 1:
         raise UsageError(f"validation ({validation}) must be at least 0 and below 1: it is the share held out")
     if num_processes is not None and num_processes < 1:
         raise UsageError(f"num_processes ({num_processes}) must be at least 1")
     if shard_bytes < 1 << 12:
         raise UsageError(f"shard_bytes ({shard_bytes}) must be at least {1 << 12}")
-    if tokenizer not in (None, "bytes", "bpe", "none") and not str(tokenizer).endswith(".json"):
-        raise UsageError(f"no tokenizer {tokenizer!r} (known: bytes, bpe, none, or a tokenizer.json)")
+    if tokenizer not in (None, "bytes", "bpe", "none") and not str(tokenizer).endswith(text.TOKENIZER_FILES):
+        raise UsageError(f"no tokenizer {tokenizer!r} (known: bytes, bpe, none, a tokenizer.json or a .tiktoken file)")
+    if tokenizer_pattern is not None and not str(tokenizer).endswith(tiktoken_ranks.SUFFIX):
+        raise UsageError(
+            f"tokenizer_pattern ({tokenizer_pattern}) cuts the words of a .tiktoken file alone: leave it out, or give "
+            f"one as tokenizer (it is {tokenizer})"
+        )
     if tokenizer == "bpe" and vocab_size < text.MIN_VOCAB_SIZE:
         raise UsageError(f"vocab_size ({vocab_size}) must be at least {text.MIN_VOCAB_SIZE}: 256 bytes and a separator")
 
