@@ -2,6 +2,7 @@
 
 import base64
 import hashlib
+import itertools
 import json
 import re
 
@@ -18,9 +19,10 @@ from turbopump.data.tiktoken_ranks import ENCODINGS, END_OF_TEXT, Encoding
 from turbopump.pack import pack
 
 TRICKY = [
-    "", " ", "\n", "  \n\n \t ", "a  b\r\n\r\n  c   ", "x\u00a0\u2028 y\x85z", "it's IT'S I'LL we'vE d'ſ 'ſt 'K", "1234567 ٣٤٥٦ ½²Ⅷ",
-    "火箭发动机 ロケット 엔진 ไทย عربى हिन्दी", "e\u0301\u0301 ÅÅ ǅǆ ʰʰ", "\U0001f680\u200d\U0001f9d1!!?/\r\n/x", "<|endoftext|> <|fim_prefix|>",
-    "def f(x):\n\treturn  {x: [1, 2.5e-3]}  # größe\n\n\n", "\x00\x01\x7f\ufeff\U0010ffff", "    four\n     five", "hello_World camelCaseHTTPServer",
+    "", " ", "\n", "  \n\n \t ", "a  b\r\n\r\n  c   ", "x\u00a0\u2028 y\x85z", "it's IT'S I'LL we'vE d'ſ 'ſt 'K",
+    "1234567 ٣٤٥٦ ½²Ⅷ", "火箭发动机 ロケット 엔진 ไทย عربى हिन्दी", "e\u0301\u0301 ÅÅ ǅǆ ʰʰ",
+    "\U0001f680\u200d\U0001f9d1!!?/\r\n/x", "<|endoftext|> <|fim_prefix|>", "\x00\x01\x7f\ufeff\U0010ffff",
+    "def f(x):\n\treturn  {x: [1, 2.5e-3]}  # größe\n\n\n", "    four\n     five", "hello_World camelCaseHTTPServer",
 ]  # fmt: skip
 
 
@@ -79,7 +81,7 @@ def merged(word, ranks):
     """tiktoken's algorithm: the whole word, else the leftmost neighbours of the lowest joined rank, again and again."""
     parts = [word] if word in ranks else [word[i : i + 1] for i in range(len(word))]
     while True:
-        joined = [(ranks[a + b], i) for i, (a, b) in enumerate(zip(parts, parts[1:], strict=False)) if a + b in ranks]
+        joined = [(ranks[a + b], i) for i, (a, b) in enumerate(itertools.pairwise(parts)) if a + b in ranks]
         if not joined:
             return [ranks[part] for part in parts]
         _, i = min(joined)
@@ -107,7 +109,7 @@ def test_any_order_of_any_tokens_merges_as_tiktoken_does(tokens, order, words):
 @given(data=st.binary(max_size=200))
 @settings(max_examples=300, deadline=None)
 def test_any_bytes_are_a_vocabulary_or_a_typed_error(data):
-    with pytest.raises(CorruptDataError, match="^f "):
+    with pytest.raises(CorruptDataError, match=r"^f "):
         tiktoken_ranks.read_ranks(data, "f")
 
 
@@ -183,5 +185,5 @@ def test_a_dataset_holds_its_tokenizer(file, tmp_path, monkeypatch):
     stored = text.from_data(manifest.tokenizer.kind, (tmp_path / "one" / "tokenizer.json").read_bytes())
     written = stored.decode(concatenated(dataset.data("train"))).split(END_OF_TEXT)
     assert f"{TRICKY[12]}document 12" in written and describe_dataset(tmp_path / "one")
-    with pytest.raises(UsageError, match="tokenizer_pattern .* of a .tiktoken file alone"):
+    with pytest.raises(UsageError, match=r"tokenizer_pattern .* of a \.tiktoken file alone"):
         pack(folder, tmp_path / "x", tokenizer_pattern="o200k_base")

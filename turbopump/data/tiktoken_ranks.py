@@ -132,7 +132,7 @@ def _checked(pattern: str) -> str:
     """Refuses what Oniguruma reads otherwise than tiktoken's own engine: it would give other ids without a word."""
     if re.search(r"\}\+|(?<!\\)\$", pattern):
         raise UsageError(
-            f"the pattern {pattern!r} would be read otherwise than by tiktoken: write {{1,3}} for {{1,3}}+ and \\z for $"
+            f"the pattern {pattern!r} would be read otherwise than by tiktoken: write {{1,3}} for {{1,3}}+, \\z for $"
         )
     return pattern
 
