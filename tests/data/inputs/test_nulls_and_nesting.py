@@ -69,6 +69,25 @@ def test_what_was_dropped_is_counted_whatever_the_number_of_processes(tmp_path, 
             assert file.read_bytes() == (tmp_path / name.replace("one", "many") / file.name).read_bytes()
 
 
+@pytest.mark.parametrize("text_field", [None, "text"])
+def test_a_pack_that_was_stopped_goes_on_with_the_same_count(tmp_path, monkeypatch, text_field):
+    monkeypatch.setattr("turbopump.pack.PARTITION_BYTES", (1000, 1000))
+    path = written(tmp_path, "jsonl")
+    options = {"columns": () if text_field else COLUMNS, "text_field": text_field, "nulls": "drop", "num_processes": 1}
+    whole = pack(path, tmp_path / "whole", **options)
+    calls = iter(range(1000))
+
+    def stop(_):
+        if next(calls) == 4:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        pack(path, tmp_path / "d", progress=stop, **options)
+    assert not (tmp_path / "d").exists() and list((tmp_path / ".d.partial").iterdir())
+    again = pack(path, tmp_path / "d", **options)
+    assert again == whole and again.skipped > 0
+
+
 def test_values_of_csv_and_python_that_are_missing(tmp_path):
     (tmp_path / "t.csv").write_text("a,b\n1,x\n,y\n3,\n")
     with pytest.raises(DatasetError, match=r"t\.csv: 'a' of row 1 is null"):
@@ -180,6 +199,16 @@ def test_arrays_of_another_shape_than_stated_are_named(tmp_path):
         source = open_input([str(hf_file(tmp_path / name, [good, bad], kind, stated))])
         with pytest.raises(DatasetError, match=r"'x' near row 0: there is a null in a list"):
             read_all(source)
+
+
+@pytest.mark.parametrize("shape", [[2, 2, 2], [None, 2, 2], [None], ["2", 2], [-1, 2], [True, 2], 5, [2, None]])
+@pytest.mark.parametrize("kind", [pa.list_(pa.int64()), pa.int64(), pa.string(), pa.list_(pa.list_(pa.int64()), 2)])
+def test_a_note_of_another_shape_than_the_column_is_a_typed_error(tmp_path, shape, kind):
+    path = hf_file(tmp_path / "d", [], kind, {"shape": shape, "dtype": "int64", "_type": "Array2D"})
+    try:
+        assert open_input([str(path)]).fields[0].name == "x"  # a note that is none is passed over
+    except DatasetError as error:
+        assert "'x'" in str(error)
 
 
 def test_nested_lists_of_fixed_size_are_arrays(tmp_path):

@@ -114,9 +114,12 @@ def field_of(
     if types.is_dictionary(kind):
         return field_of(name, kind.value_type, media, where, shape)
     if shape is not None:
-        for _ in shape:
-            kind = kind.value_type if types.is_nested(kind) and hasattr(kind, "value_type") else kind
-        dtype = _dtype(kind, name, where)
+        element = kind
+        for size in shape:
+            if not _is_list(element) or (size is None and types.is_fixed_size_list(element)):
+                raise DatasetError(f"{where}: column {name!r} holds {kind}, but is noted as an array of shape {shape}")
+            element = element.value_type
+        dtype = _dtype(element, name, where)
         sizes = tuple(size or 0 for size in shape)
         return Field(name, dtype, sizes) if shape[0] is not None else Field(name, dtype, sizes[1:], "ragged")
     if types.is_string(kind) or types.is_large_string(kind) or types.is_string_view(kind):
@@ -130,6 +133,10 @@ def field_of(
         dtype, shape = _element(kind.value_type, name, where)
         return Field(name, dtype, shape, "ragged")
     return Field(name, _dtype(kind, name, where))
+
+
+def _is_list(kind: pa.DataType) -> bool:
+    return types.is_fixed_size_list(kind) or types.is_list(kind) or types.is_large_list(kind)
 
 
 def _is_binary(kind: pa.DataType) -> bool:
@@ -290,7 +297,7 @@ def _binary(array: Any, kind: Any) -> Ragged:
 def _flat(array: Any, item: Field, numbers: np.ndarray, where: str) -> np.ndarray:
     """Numbers [-1, *shape] of lists within lists; raises where one has not as many elements as the shape says."""
     length, sizes = len(array), iter(item.shape)
-    while types.is_fixed_size_list(array.type) or types.is_list(array.type) or types.is_large_list(array.type):
+    while _is_list(array.type):
         size = next(sizes)
         if not types.is_fixed_size_list(array.type):
             other = np.flatnonzero(array.value_lengths().to_numpy(zero_copy_only=False) != size)
