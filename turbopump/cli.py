@@ -407,13 +407,15 @@ def plan(
 def pack(
     *paths: str,
     tokenizer: str | None = None,
+    tokenizer_pattern: str | None = None,
     vocab_size: int = 4096,
-    validation: float = 0.05,
+    validation: float | None = None,
     include: Annotated[tuple[str, ...], Parameter(negative=(), consume_multiple=True)] = (),
     format: str | None = None,
     text_field: str | None = None,
     columns: Annotated[tuple[str, ...], Parameter(negative=(), consume_multiple=True)] = (),
     key: str | None = None,
+    nulls: Literal["error", "drop"] = "error",
     num_processes: int = 0,
     shard_bytes: int = 1 << 26,
     overwrite: Flag = False,
@@ -436,11 +438,15 @@ def pack(
         directory to write.
     tokenizer
         bytes (256 tokens; what text gets by itself), bpe (byte-level sub-words, trained on the training split), a
-        tokenizer.json of the tokenizers library, or none: text stays text, a row a document.
+        tokenizer.json of the tokenizers library, a .tiktoken file, or none: text stays text, a row a document.
+    tokenizer_pattern
+        What cuts text into words for a .tiktoken file: r50k_base, p50k_base, cl100k_base, o200k_base or a regular
+        expression. The published files are known by their content and need none.
     vocab_size
         Tokens of a bpe vocabulary.
     validation
-        Share held out, chosen by a hash: of the column --key, of the file's name, or of the row's place.
+        Share held out (0.05), chosen by a hash: of the column --key, of the file's name, or of the row's place. None
+        may be given where the source has splits: folders train, val (valid, validation) and test, or Hugging Face's.
     include
         Files to take from folders, e.g. "*.md"; default all.
     format
@@ -449,9 +455,11 @@ def pack(
     text_field
         The column of a table that is its text: it is packed as tokens.
     columns
-        The columns of a table to keep; default all.
+        The columns of a table to keep; default all. A member of a nested object by its path, e.g. meta.lang.
     key
         The column whose hash decides what is held out.
+    nulls
+        What becomes of a row with a null: error, or drop, which counts them as skipped.
     num_processes
         Processes that read and write; 0 takes one per core. The result is the same for any number.
     shard_bytes
@@ -466,11 +474,14 @@ def pack(
     *sources, destination = paths
     begin = time.monotonic()
     manifest = verb(
-        sources, destination, tokenizer=tokenizer, vocab_size=vocab_size, validation=validation, include=include,
-        format=format, text_field=text_field, columns=columns, key=key, num_processes=num_processes or None,
-        shard_bytes=shard_bytes, overwrite=overwrite, progress=_PackLine(),
+        sources, destination, tokenizer=tokenizer, tokenizer_pattern=tokenizer_pattern, vocab_size=vocab_size,
+        validation=validation, include=include, format=format, text_field=text_field, columns=columns, key=key,
+        nulls=nulls, num_processes=num_processes or None, shard_bytes=shard_bytes, overwrite=overwrite,
+        progress=_PackLine(),
     )  # fmt: skip
-    print(f"packed {manifest.rows:,} rows, {human_bytes(manifest.bytes)}, into {destination} in "
+    splits = ", ".join(f"{name} {split.rows:,}" for name, split in manifest.splits.items())
+    skipped = f", {manifest.skipped:,} skipped" if manifest.skipped else ""
+    print(f"packed {manifest.rows:,} rows ({splits}{skipped}), {human_bytes(manifest.bytes)}, into {destination} in "
           f"{human_seconds(time.monotonic() - begin)}; next: turbopump inspect {destination}")  # fmt: skip
 
 

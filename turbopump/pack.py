@@ -14,16 +14,17 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from turbopump.core.errors import DatasetError, UsageError
 from turbopump.core.files import digest
 from turbopump.core.version import VERSION
-from turbopump.data import corpus, text
+from turbopump.data import corpus, text, tiktoken_ranks
 from turbopump.data.corpus import BadTextError, Piece
 from turbopump.data.inputs.protocol import Input
 from turbopump.data.inputs.python import from_python
 from turbopump.data.inputs.recognise import open_input
+from turbopump.data.inputs.splits import held_out_share
 from turbopump.data.manifest import Manifest
 from turbopump.data.packing import InputTexts, RecordsTask, Task, TextPartition, TokensTask, run_tasks
 from turbopump.data.part import SHARD_BYTES
@@ -75,13 +76,15 @@ def pack(
     destination: Path | str,
     *,
     tokenizer: str | None = None,
+    tokenizer_pattern: str | None = None,
     vocab_size: int = 4096,
-    validation: float = 0.05,
+    validation: float | None = None,
     include: Sequence[str] = (),
     format: str | None = None,
     text_field: str | None = None,
     columns: Sequence[str] = (),
     key: str | None = None,
+    nulls: Literal["error", "drop"] = "error",
     num_processes: int | None = None,
     shard_bytes: int = SHARD_BYTES,
     overwrite: bool = False,
@@ -93,10 +96,13 @@ def pack(
     docs/pack-inputs.md), the word `stdlib` (the sources of Python's standard library); or, from Python, arrays, a
     DataFrame or table, or any other iterable or map-style dataset.
 
-    Text becomes a stream of tokens by `tokenizer`, which is `bytes` (the default), `bpe` (trained on it) or a
-    `tokenizer.json`, or rows as it is with `none`; of a table, the column `text_field`. Everything else becomes rows:
-    all columns, or `columns`. `validation` is the share held out: by a hash of the column `key`, of the file's name or
-    of the row's number, or the end of each text where there are few; an input's own splits are kept.
+    Text becomes a stream of tokens by `tokenizer`, which is `bytes` (the default), `bpe` (trained on it), a
+    `tokenizer.json` or a `.tiktoken` file (`tokenizer_pattern` cuts its words: the name of an encoding or a regular
+    expression), or rows as it is with `none`; of a table, the column `text_field`. Everything else becomes rows:
+    all columns, or `columns`; a row with a null in them is an error, or left out and counted in the manifest's
+    `skipped`, by `nulls`. `validation` is the share held out (0.05): by a hash of the column `key`, of the file's name
+    or of the row's number, or the end of each text where there are few; an input's own splits (those of Hugging Face,
+    and folders `train`, `val`, `test`) are kept, and none may be given then.
 
     Raises `UsageError` (destination taken, no such source, nothing found) and `DatasetError` (what the input holds does
     not fit, unreadable, disk full). A pack that is stopped or killed leaves no dataset, and the same call goes on from
@@ -108,14 +114,16 @@ def pack(
             f"all its files (e.g. `aws s3 cp --recursive FOLDER {destination}`), and give the address as data.path"
         )
     destination = Path(destination)
-    _check_options(tokenizer, vocab_size, validation, num_processes, shard_bytes)
+    _check_options(tokenizer, tokenizer_pattern, vocab_size, validation, nulls, num_processes, shard_bytes)
     check_destination(destination, overwrite)
-    packing = _open(source, destination, tokenizer, validation, include, format, text_field, columns, key)
+    packing = _open(
+        source, destination, tokenizer, validation, include, format, text_field, columns, key, nulls == "drop"
+    )
     kind = str(tokenizer or "bytes") if packing.is_text and tokenizer != "none" else None
-    given = text.read_tokenizer(Path(kind)) if kind is not None and kind.endswith(".json") else None
+    given = text.read_tokenizer(Path(kind), tokenizer_pattern) if kind not in (None, "bytes", "bpe") else None
     options = [
         VERSION, kind, given and digest(given.dumps()), vocab_size, validation, shard_bytes, PARTITION_BYTES,
-        list(columns), text_field, key,
+        list(columns), text_field, key, nulls,
     ]  # fmt: skip
     staging_key = digest(repr([packing.identity, options]).encode()) if packing.identity is not None else None
     report = _Reporter(progress, packing.total_bytes)
@@ -146,16 +154,24 @@ def _write(
 
 
 def _check_options(
-    tokenizer: str | None, vocab_size: int, validation: float, num_processes: int | None, shard_bytes: int
-) -> None:
-    if not 0 <= validation < 1:
+    tokenizer: str | None, tokenizer_pattern: str | None, vocab_size: int, validation: float | None,
+    nulls: str, num_processes: int | None, shard_bytes: int,
+) -> None:  # fmt: skip
+    if validation is not None and not 0 <= validation < 1:
         raise UsageError(f"validation ({validation}) must be at least 0 and below 1: it is the share held out")
+    if nulls not in ("error", "drop"):
+        raise UsageError(f"nulls ({nulls!r}) must be error or drop: what becomes of a row with a null")
     if num_processes is not None and num_processes < 1:
         raise UsageError(f"num_processes ({num_processes}) must be at least 1")
     if shard_bytes < 1 << 12:
         raise UsageError(f"shard_bytes ({shard_bytes}) must be at least {1 << 12}")
-    if tokenizer not in (None, "bytes", "bpe", "none") and not str(tokenizer).endswith(".json"):
-        raise UsageError(f"no tokenizer {tokenizer!r} (known: bytes, bpe, none, or a tokenizer.json)")
+    if tokenizer not in (None, "bytes", "bpe", "none") and not str(tokenizer).endswith(text.TOKENIZER_FILES):
+        raise UsageError(f"no tokenizer {tokenizer!r} (known: bytes, bpe, none, a tokenizer.json or a .tiktoken file)")
+    if tokenizer_pattern is not None and not str(tokenizer).endswith(tiktoken_ranks.SUFFIX):
+        raise UsageError(
+            f"tokenizer_pattern ({tokenizer_pattern}) cuts the words of a .tiktoken file alone: leave it out, or give "
+            f"one as tokenizer (it is {tokenizer})"
+        )
     if tokenizer == "bpe" and vocab_size < text.MIN_VOCAB_SIZE:
         raise UsageError(f"vocab_size ({vocab_size}) must be at least {text.MIN_VOCAB_SIZE}: 256 bytes and a separator")
 
@@ -164,12 +180,12 @@ def _check_options(
 
 
 def _open(
-    source: Any, destination: Path, tokenizer: str | None, validation: float, include: Sequence[str],
-    format: str | None, text_field: str | None, columns: Sequence[str], key: str | None,
+    source: Any, destination: Path, tokenizer: str | None, validation: float | None, include: Sequence[str],
+    format: str | None, text_field: str | None, columns: Sequence[str], key: str | None, drop_nulls: bool,
 ) -> _Packing:  # fmt: skip
     paths = _as_paths(source)
     if paths is None:
-        return _open_object(source, tokenizer, validation, text_field, columns, key)
+        return _open_object(source, tokenizer, validation, text_field, columns, key, drop_nulls)
     names = tuple(Path(path).name or path for path in paths)
     if corpus.STDLIB in paths:
         if len(paths) > 1:
@@ -177,13 +193,15 @@ def _open(
         if include:
             given = ", ".join(include)
             raise UsageError(f"include ({given}) has no effect on `{corpus.STDLIB}` (all of it is *.py): leave it out")
-        return _of_files(corpus.stdlib_files(), names, validation, skip_bad=True)
+        return _of_files(corpus.stdlib_files(), names, held_out_share(validation, ()), skip_bad=True)
     opened = open_input(
-        paths, include=include, format=format, text_field=text_field, key=key, columns=columns, exclude=destination
-    )
+        paths, include=include, format=format, text_field=text_field, key=key, columns=columns, drop_nulls=drop_nulls,
+        exclude=destination,
+    )  # fmt: skip
+    share = held_out_share(validation, opened.splits.values())
     if opened.name == "text" and tokenizer != "none":
-        return _of_files(corpus.find_files(paths, include, exclude=destination), names, validation)
-    return _of_input(opened, tokenizer, validation, text_field, names)
+        return _of_files(corpus.find_files(paths, include, exclude=destination), names, share, splits=opened.splits)
+    return _of_input(opened, tokenizer, share, text_field, names)
 
 
 def _of_input(
@@ -208,17 +226,19 @@ def _of_input(
 
 
 def _open_object(
-    source: Any, tokenizer: str | None, validation: float, text_field: str | None, columns: Sequence[str],
-    key: str | None,
+    source: Any, tokenizer: str | None, validation: float | None, text_field: str | None, columns: Sequence[str],
+    key: str | None, drop_nulls: bool,
 ) -> _Packing:  # fmt: skip
+    share = held_out_share(validation, ())
     if text_field is None and tokenizer != "none" and not columns and key is None:
         first, records = _first_of(source)
         if records is not None and isinstance(first, (str, bytes)):
-            partitions = _text_partitions(records, validation)
+            partitions = _text_partitions(records, share)
             return _of_texts_task(partitions, ("texts",), None, None)
         source = records if records is not None else source
-    opened = from_python(source, key=key, columns=(text_field,) if text_field is not None else columns)
-    return _of_input(opened, tokenizer, validation, text_field, ("arrays",))
+    wanted = (text_field,) if text_field is not None else columns
+    opened = from_python(source, key=key, columns=wanted, drop_nulls=drop_nulls)
+    return _of_input(opened, tokenizer, share, text_field, ("arrays",))
 
 
 def _first_of(source: Any) -> tuple[Any, Iterator[Any] | None]:
@@ -249,11 +269,13 @@ def _as_paths(source: Any) -> list[str] | None:
 
 
 def _of_files(
-    files: Sequence[corpus.TextFile], names: tuple[str, ...], validation: float, skip_bad: bool = False
-) -> _Packing:
+    files: Sequence[corpus.TextFile], names: tuple[str, ...], validation: float, skip_bad: bool = False,
+    splits: Mapping[str, str] = {},
+) -> _Packing:  # fmt: skip
     total = sum(file.size for file in files)
     state = [(file.key, file.size, file.path.stat().st_mtime_ns) for file in files]
-    partitions = _file_partitions(files, validation, skip_bad, _partition_bytes(total))
+    pieces = corpus.pieces(files, validation, splits)
+    partitions = _file_partitions(pieces, skip_bad, _partition_bytes(total))
     return _of_texts_task(partitions, names, total, digest(repr(state).encode()))
 
 
@@ -273,12 +295,10 @@ def _partition_bytes(total_bytes: int | None) -> int:
     return min(most, max(least, (total_bytes or 0) // 64))
 
 
-def _file_partitions(
-    files: Sequence[corpus.TextFile], validation: float, skip_bad: bool, target_bytes: int
-) -> Iterator[TextPartition]:
+def _file_partitions(pieces: Iterable[Piece], skip_bad: bool, target_bytes: int) -> Iterator[TextPartition]:
     group: list[Piece] = []
     size = 0
-    for piece in corpus.pieces(files, validation):
+    for piece in pieces:
         group.append(piece)
         size += piece.end - piece.begin
         if size >= target_bytes:

@@ -10,7 +10,7 @@ import fnmatch
 import glob
 import os
 import sysconfig
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -123,11 +123,13 @@ def is_held_out(key: str, fraction: float) -> bool:
     return int(digest(key.encode("utf-8", "surrogateescape")), 16) < fraction * 2.0**64
 
 
-def pieces(files: Sequence[TextFile], validation: float) -> Iterator[Piece]:
-    """All files cut into pieces and assigned to `train` or `validation`, in order."""
+def pieces(files: Sequence[TextFile], validation: float, splits: Mapping[str, str] = {}) -> Iterator[Piece]:
+    """All files cut into pieces and assigned to a split, in order: by `splits` (by file key) where there are some."""
     few = len(files) < FEW_DOCUMENTS
     for file in files:
-        if few and validation > 0:
+        if splits:
+            yield from _cut_piece(file, 0, file.size, splits[file.key])
+        elif few and validation > 0:
             cut = cut_position(file.path, file.size, round(file.size * (1 - validation)))
             yield from _cut_piece(file, 0, cut, "train")
             yield from _cut_piece(file, cut, file.size, "validation")

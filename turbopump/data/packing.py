@@ -63,6 +63,7 @@ class RecordsTask:
         return self.input.fields
 
     def write(self, partition: InputPartition, writer: PartWriter, tick: Tick) -> int:
+        before = num_dropped(self.input)
         for chunk, keys in self.input.read(partition):
             columns = [chunk[item.name] for item in self.fields]
             if partition.split:
@@ -75,7 +76,12 @@ class RecordsTask:
                     elif mine.any():
                         writer.append(split, [c.where(mine) if isinstance(c, Ragged) else c[mine] for c in columns])
             tick(sum(c.values.nbytes if isinstance(c, Ragged) else c.nbytes for c in columns))
-        return 0
+        return num_dropped(self.input) - before
+
+
+def num_dropped(source: Input) -> int:
+    """Rows left out for a null since this process began."""
+    return source.selection.dropped.rows if source.selection.dropped is not None else 0
 
 
 def is_held_out(keys: Keys, fraction: float) -> np.ndarray:
@@ -164,17 +170,20 @@ class TokensTask:
 
 @dataclass(frozen=True)
 class InputTexts:
-    """The documents of an input's column of text."""
+    """The documents of an input's column of text; at the end None for each that was left out."""
 
     input: Input
     validation: float
 
     def __call__(self, partition: InputPartition) -> Iterator[tuple[str | None, str, bool]]:
+        before = num_dropped(self.input)
         for chunk, keys in self.input.read(partition):
             column = chunk[self.input.fields[0].name]
             out = is_held_out(keys, self.validation) if not partition.split else np.zeros(num_rows_of(chunk), bool)
             for document, held in zip(column, out.tolist(), strict=True):
                 yield document, partition.split or ("validation" if held else "train"), True
+        for _ in range(num_dropped(self.input) - before):
+            yield None, partition.split or "train", True
 
 
 # ---- doing them ------------------------------------------------------------------------------------------------------

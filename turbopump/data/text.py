@@ -1,4 +1,4 @@
-"""Text to token ids and back: `bytes` (256 ids) and byte-level BPE, trained with the `tokenizers` library.
+"""Text to token ids and back: `bytes` (256 ids), byte-level BPE trained with the `tokenizers` library, files of others.
 
 BPE splits text into words by `WORD_PATTERN`, then merges inside a word, so the ids of a word never depend on what
 stands around it. `encode_documents` therefore splits with Python's `re`, asks `tokenizers` once for each *distinct*
@@ -18,10 +18,12 @@ import numpy as np
 
 from turbopump.core.errors import CorruptDataError, UsageError
 from turbopump.core.files import digest, to_json
+from turbopump.data import tiktoken_ranks
 from turbopump.data.manifest import TokenizerEntry
 
 TOKENIZER_NAME = "tokenizer.json"
 SEPARATOR = "<|document|>"
+TOKENIZER_FILES = (".json", tiktoken_ranks.SUFFIX)
 MIN_VOCAB_SIZE = 257
 END_OF_TEXT = ("<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>", "<|document|>", "[SEP]")
 MAX_CACHED_WORDS = 1 << 20
@@ -181,15 +183,38 @@ class FileTokenizer:
         return self._data
 
 
-def read_tokenizer(path: Path) -> FileTokenizer:
-    """The tokenizer in a file; raises `UsageError` where there is none, `CorruptDataError` for a bad one."""
+def read_tokenizer(path: Path, pattern: str | None = None) -> Tokenizer:
+    """The tokenizer in a `tokenizer.json`, or in a vocabulary file of tiktoken, whose words `pattern` cuts.
+
+    Raises `UsageError` where there is none or the pattern is not known or none, `CorruptDataError` for a bad file.
+    """
     try:
         data = path.read_bytes()
     except OSError as error:
         raise UsageError(
-            f"no tokenizer file {path} ({error.strerror}): give bytes, bpe, none or a .json file"
+            f"no tokenizer file {path} ({error.strerror}): give bytes, bpe, none, a .json or a .tiktoken file"
         ) from error
-    return from_data(FileTokenizer.kind, data, str(path))  # type: ignore[return-value]
+    if path.suffix != tiktoken_ranks.SUFFIX:
+        return from_data(FileTokenizer.kind, data, str(path))
+    made = tiktoken_ranks.tokenizer_json(data, str(path), path.stem, pattern)
+    try:
+        return from_data(TiktokenTokenizer.kind, made, str(path))
+    except CorruptDataError as error:
+        if pattern is None:
+            raise
+        raise UsageError(f"the pattern {pattern!r} is no regular expression ({error.__cause__}): mend it") from error
+
+
+class TiktokenTokenizer(FileTokenizer):
+    """A `tokenizer.json` made of a vocabulary of tiktoken (`tiktoken_ranks.py`): the ids of its `encode_ordinary`."""
+
+    kind = "tiktoken"
+
+    def __init__(self, data: bytes) -> None:
+        super().__init__(data)
+        self._tokenizer.encode_special_tokens = True  # an end of text spelled out in a text is text
+        self.vocab_size = 1 + max(self._tokenizer.get_vocab().values())  # ids between the special ones may be unused
+        self.dtype = "uint16" if self.vocab_size <= 1 << 16 else "uint32"
 
 
 class _WordNumbers(dict[str, int]):
@@ -254,13 +279,14 @@ def from_data(kind: str, data: bytes, name: str = TOKENIZER_NAME) -> Tokenizer:
     """The tokenizer whose file `name` holds `data`; raises `CorruptDataError` where that is none."""
     if kind == "bytes":
         return ByteTokenizer()
-    if kind in ("bpe", FileTokenizer.kind):
+    known = {made.kind: made for made in (BpeTokenizer, FileTokenizer, TiktokenTokenizer)}
+    if kind in known:
         try:
-            return BpeTokenizer(data) if kind == "bpe" else FileTokenizer(data)
+            return known[kind](data)
         except UsageError:
             raise
         except BaseException as error:  # the library's own have no other type; its panics are not even an `Exception`
             if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
                 raise
             raise CorruptDataError(f"{name} is no tokenizer ({error}): pack the dataset again") from error
-    raise UsageError(f"no tokenizer kind {kind!r} (known: bytes, bpe, {FileTokenizer.kind})")
+    raise UsageError(f"no tokenizer kind {kind!r} (known: bytes, {', '.join(known)})")

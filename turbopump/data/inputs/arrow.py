@@ -7,7 +7,7 @@ nothing); an Arrow stream between its batches, which are found by reading the he
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -27,10 +27,6 @@ class ArrowInput(FileInput):
     """IPC files and streams, by what each file begins with."""
 
     all_fields: tuple[Field, ...] = ()
-    splits: dict[str, str] = field(default_factory=dict)  # by file name; empty where the input has none
-
-    def split_of(self, file: InputFile) -> str:
-        return self.splits.get(file.name, "")
 
     def pieces(self, file: InputFile, target_bytes: int) -> Iterator[tuple[Part, int]]:
         with reading(file, "Arrow IPC"), map_file(file) as source:
@@ -59,7 +55,9 @@ class ArrowInput(FileInput):
 
     def _chunks(self, batch: pa.RecordBatch, file: InputFile, row: int, step: int) -> Iterator[tuple[Chunk, Keys]]:
         for begin in range(0, batch.num_rows, step):
-            for chunk, numbers in chunks_of_batch(batch.slice(begin, step), self.all_fields, row + begin, file.path):
+            for chunk, numbers in chunks_of_batch(
+                batch.slice(begin, step), self.all_fields, row + begin, file.path, self.selection.dropped
+            ):
                 yield chunk, numbered(file, numbers)
 
     def _check(self, file: InputFile, schema: pa.Schema) -> None:
@@ -127,7 +125,9 @@ class ParquetInput(FileInput):
         names = [item.name for item in self.all_fields]
         done = 0
         for batch in opened.iter_batches(batch_rows, [group], names, use_threads=False):
-            for chunk, numbers in chunks_of_batch(batch, self.all_fields, row + done, file.path):
+            for chunk, numbers in chunks_of_batch(
+                batch, self.all_fields, row + done, file.path, self.selection.dropped
+            ):
                 yield chunk, numbered(file, numbers)
             done += batch.num_rows
         if done != expected:

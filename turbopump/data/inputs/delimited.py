@@ -49,7 +49,9 @@ class DelimitedInput(FileInput):
         where = part.file.path if not row else f"{part.file.path} (from row {row} on)"
         with reading(part.file, f"CSV: {where}"), _open_range(part) as stream:
             for batch in self._batches(stream, part):
-                for chunk, numbers in chunks_of_batch(batch, self.all_fields, row, part.file.path):
+                for chunk, numbers in chunks_of_batch(
+                    batch, self.all_fields, row, part.file.path, self.selection.dropped
+                ):
                     yield chunk, numbered(part.file, numbers)
                 row += batch.num_rows
 

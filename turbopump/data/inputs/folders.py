@@ -3,7 +3,7 @@
     metadata.csv or metadata.jsonl    a column `file_name` (Hugging Face's AudioFolder and ImageFolder); all its columns
     *.trans.txt (LibriSpeech)         `text`: lines `<name without suffix> <transcript>`
     a .txt beside each file           `text`
-    folders of one class each         `label` (int64) and the classes' names, in alphabetical order
+    folders of one class each         `label` (int64) and the classes' names, in alphabetical order, of all splits
 
 The first of these that is there counts, for all files. The key of a row is the file's name.
 """
@@ -11,6 +11,7 @@ The first of these that is there counts, for all files. The key of a row is the 
 from __future__ import annotations
 
 import csv
+import itertools
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
@@ -41,7 +42,7 @@ class MediaInput(FileInput):
     all_fields: tuple[Field, ...] = ()
 
     def read(self, partition: Partition) -> Iterator[tuple[Chunk, Keys]]:
-        for group in grouped(self._rows(partition)):
+        for group in grouped(self.selection.kept(self._rows(partition))):
             names = [name for _, name, _ in group]
             chunk = chunk_of_rows([row for row, _, _ in group], self.all_fields, names.__getitem__)
             yield from cut(*self.selection.apply(chunk, names))
@@ -50,34 +51,36 @@ class MediaInput(FileInput):
         for part in partition.parts:
             data = read_whole(part.file)
             row = {self.media: data, **self._described(part.file)}
-            needed = self.selection.needed
-            yield {n: row[n] for n in needed} if needed else row, part.file.name, len(data)
+            yield self.selection.of_row(row, lambda: part.file.path), part.file.name, len(data)  # noqa: B023
 
     def _described(self, file: InputFile) -> Row:
         beside = self.beside.get(file.name)
         return self.about[file.name] if beside is None else {"text": _text_of(beside)}
 
 
-def media_input(files: tuple[InputFile, ...], media: Media, selection: Selection) -> MediaInput:
-    """`files` are all files found, the descriptions among them.
+def media_input(
+    files: tuple[InputFile, ...], media: Media, selection: Selection, *, in_splits: bool = False
+) -> MediaInput:
+    """`files` are all files found, the descriptions among them; the first folder of their names may be a split's.
 
     Raises `DatasetError` where a file has no description, or a description no file.
     """
     wanted = tuple(file for file in files if media_of_suffix(file.name) == media)
-    about, beside, class_names = _descriptions(wanted, files, media)
+    about, beside, class_names = _descriptions(wanted, files, media, in_splits)
     made = MediaInput(media, wanted, media=media, about=about, beside=beside, num_rows=len(wanted), selection=selection)
     made.class_names = class_names
-    look = [{media: b"", **made._described(file)} for file in wanted[:LOOK_ROWS]]
-    selection.check(list(look[0]), wanted[0].path)
-    if selection.needed:
-        look = [{name: row[name] for name in selection.needed} for row in look]
-    made.all_fields = fields_of_rows(look, lambda i: wanted[i].path, {media: media})
+    rows = ((file.path, {media: b"", **made._described(file)}) for file in wanted)
+    chosen = ((selection.of_row(row, lambda: path), path, 0) for path, row in rows)  # noqa: B023 - used at once
+    look = list(itertools.islice(selection.kept(chosen), LOOK_ROWS))
+    if not look:
+        raise DatasetError(f"nothing to pack: {wanted[0].path} and all other files have a null in their description")
+    made.all_fields = fields_of_rows([row for row, _, _ in look], lambda i: look[i][1], {media: media})
     made.fields = selection.fields(made.all_fields)
     return made
 
 
 def _descriptions(
-    wanted: tuple[InputFile, ...], files: tuple[InputFile, ...], media: Media
+    wanted: tuple[InputFile, ...], files: tuple[InputFile, ...], media: Media, in_splits: bool
 ) -> tuple[dict[str, Row], dict[str, InputFile], dict[str, tuple[str, ...]]]:
     by_name = {file.name: file for file in files}
     tables = [file for file in files if PurePosixPath(file.name).name in METADATA]
@@ -92,12 +95,23 @@ def _descriptions(
         if missing is not None:
             raise DatasetError(f"{by_name[missing].path} has no .txt of its name with its text, as other files have")
         return {}, {name: text for name, text in texts.items() if text is not None}, {}
-    classes = {file.name: PurePosixPath(file.name).parent.name or Path(file.path).parent.name for file in wanted}
+    classes = {file.name: _class_of(file, in_splits) for file in wanted}
+    unnamed = next((file for file in wanted if not classes[file.name]), None)
+    if unnamed is not None and any(classes.values()):
+        raise DatasetError(f"{unnamed.path} lies in no folder of a class, as other files do: move it or leave it out")
     names = tuple(sorted(set(classes.values())))
     if len(names) < 2:
         return {name: {} for name in classes}, {}, {}
     number = {name: i for i, name in enumerate(names)}
     return {name: {"label": number[c]} for name, c in classes.items()}, {}, {"label": names}
+
+
+def _class_of(file: InputFile, in_splits: bool) -> str:
+    """The folder a file lies in; empty where that is a split's."""
+    folders = PurePosixPath(file.name).parent.parts
+    if in_splits:
+        return folders[-1] if len(folders) > 1 else ""
+    return folders[-1] if folders else Path(file.path).parent.name
 
 
 def _complete(

@@ -33,7 +33,7 @@ class JsonlInput(FileInput):
             yield Part(file, begin, end), end - begin
 
     def read_part(self, part: Part) -> Iterator[tuple[Chunk, Keys]]:
-        for group in grouped(_rows(part, self.selection)):
+        for group in grouped(self.selection.kept(_rows(part, self.selection))):
             places = [place for _, place, _ in group]
             chunk = chunk_of_rows([row for row, _, _ in group], self.all_fields, partial(_where_of, part.file, places))
             yield chunk, numbered(part.file, np.array(places))
@@ -51,7 +51,7 @@ def jsonl_input(files: tuple[InputFile, ...], selection: Selection) -> JsonlInpu
 def _look(files: tuple[InputFile, ...], selection: Selection) -> tuple[list[Row], list[int], InputFile]:
     for file in files:
         rows, places, size = [], [], 0
-        for row, place, row_bytes in _rows(Part(file, 0, file.size), selection):
+        for row, place, row_bytes in selection.kept(_rows(Part(file, 0, file.size), selection)):
             rows.append(row)
             places.append(place)
             size += row_bytes
@@ -59,7 +59,8 @@ def _look(files: tuple[InputFile, ...], selection: Selection) -> tuple[list[Row]
                 break
         if rows:
             return rows, places, file
-    raise DatasetError(f"nothing to pack: {files[0].path} holds no record")
+    without = " without a null" if selection.dropped is not None else ""
+    raise DatasetError(f"nothing to pack: {files[0].path} holds no record{without}")
 
 
 def _rows(part: Part, selection: Selection) -> Iterator[tuple[Row, int, int]]:
@@ -73,12 +74,7 @@ def _rows(part: Part, selection: Selection) -> Iterator[tuple[Row, int, int]]:
             raise DatasetError(f"{_where(part.file, place)} is not valid JSON or UTF-8: {error}") from error
         if not isinstance(row, dict) or not row:
             raise DatasetError(f"{_where(part.file, place)} is no object with fields: each line must be like {{...}}")
-        if selection.needed:
-            selection.check(list(row), _where(part.file, place))
-            row = {name: row[name] for name in selection.needed}
-        elif selection.key is not None:
-            selection.check(list(row), _where(part.file, place))
-        yield row, place, len(line)
+        yield selection.of_row(row, partial(_where, part.file, place)), place, len(line)
 
 
 def _lines(part: Part) -> Iterator[tuple[bytes, int]]:

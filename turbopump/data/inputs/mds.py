@@ -15,7 +15,7 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import IO, Any
 
 import numpy as np
@@ -26,6 +26,7 @@ from turbopump.core.files import from_json
 from turbopump.data.inputs.files import InputFile, input_file, reading
 from turbopump.data.inputs.protocol import LOOK_BYTES, Chunk, FileInput, Keys, Part, Selection, numbered
 from turbopump.data.inputs.rows import Row, chunk_of_rows, fields_of_rows, grouped
+from turbopump.data.inputs.splits import FOLDERS, splits_by_folder
 from turbopump.data.manifest import DTYPES, Field
 
 INDEX = "index.json"
@@ -71,7 +72,22 @@ class MdsInput(FileInput):
 
 
 def is_mds(path: Path) -> bool:
-    """Whether the folder has an index of this format."""
+    """Whether the folder has an index of this format, or a folder for each split with one."""
+    return bool(_folders(path))
+
+
+def _folders(root: Path) -> list[str]:
+    """The folders below `root` that hold an index: itself, or those of the splits where there are no others."""
+    if _has_index(root):
+        return [""]
+    try:
+        names = sorted(entry.name for entry in root.iterdir() if entry.is_dir() and not entry.name.startswith("."))
+    except OSError:
+        return []
+    return names if set(names) <= set(FOLDERS) and all(_has_index(root / name) for name in names) else []
+
+
+def _has_index(path: Path) -> bool:
     try:
         return b'"mds"' in (path / INDEX).read_bytes()
     except OSError:
@@ -80,10 +96,17 @@ def is_mds(path: Path) -> bool:
 
 def mds_input(root: Path, selection: Selection) -> MdsInput:
     """Raises `DatasetError` where index and shards do not fit together or the columns become no fields."""
-    files, shards = _read_index(root)
+    files: list[InputFile] = []
+    shards: dict[str, Shard] = {}
+    for folder in _folders(root):
+        for file, shard in _read_index(root / folder):
+            files.append(dataclasses.replace(file, name=str(PurePosixPath(folder, file.name))))
+            shards[files[-1].name] = shard
+            if shard.columns != shards[files[0].name].columns:
+                raise DatasetError(f"{file.path} has other columns than {files[0].path}: pack them one by one")
     with_rows = [file for file in files if shards[file.name].samples]
     if not with_rows:
-        raise DatasetError(f"nothing to pack: {root / INDEX} counts no sample")
+        raise DatasetError(f"nothing to pack: the index of {root} counts no sample")
     first = with_rows[0]
     selection.check([name for name, _, _ in shards[first.name].columns], first.path)
     rows, size = [], 0
@@ -97,10 +120,11 @@ def mds_input(root: Path, selection: Selection) -> MdsInput:
     num_rows = sum(shard.samples for shard in shards.values())
     made = MdsInput("mds", tuple(with_rows), selection.fields(fields), selection, num_rows)
     made.shards, made.all_fields = shards, fields
+    made.splits = splits_by_folder(shards)
     return made
 
 
-def _read_index(root: Path) -> tuple[list[InputFile], dict[str, Shard]]:
+def _read_index(root: Path) -> list[tuple[InputFile, Shard]]:
     path = root / INDEX
     try:
         table = from_json(path.read_bytes())
@@ -110,7 +134,7 @@ def _read_index(root: Path) -> tuple[list[InputFile], dict[str, Shard]]:
         described = [_shard(entry) for entry in entries]
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise DatasetError(f"{path} cannot be read as an MDS index: {error!r}; write the dataset again") from error
-    files, shards = [], {}
+    found = []
     for raw_name, zip_name, shard in described:
         plain = root / raw_name
         name = raw_name if plain.is_file() or zip_name is None else zip_name
@@ -118,11 +142,8 @@ def _read_index(root: Path) -> tuple[list[InputFile], dict[str, Shard]]:
         shard = dataclasses.replace(shard, codec=None) if name == raw_name else shard
         if name == raw_name and file.size != shard.raw_bytes:
             raise DatasetError(f"{file.path} has {file.size} bytes, but {path} says {shard.raw_bytes}: copy it again")
-        if shard.columns != described[0][-1].columns:
-            raise DatasetError(f"{path}: {raw_name} has other columns than the first shard: pack them one by one")
-        files.append(file)
-        shards[name] = shard
-    return files, shards
+        found.append((file, shard))
+    return found
 
 
 def _shard(entry: dict[str, Any]) -> tuple[str, str | None, Shard]:

@@ -13,9 +13,9 @@ else a number made of the file's name and the row's place in it.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -62,12 +62,23 @@ class Partition:
         return digest(repr([self.split, stated]).encode())  # repr also of names that are not UTF-8
 
 
+@dataclass
+class Dropped:
+    """Counts the rows left out for a null, in this process, so far."""
+
+    rows: int = 0
+
+
 @dataclass(frozen=True)
 class Selection:
-    """What of each row is wanted: all columns, or these; `key` is the column that decides the split."""
+    """What of each row is wanted: all columns, or these; `key` is the column that decides the split. A column that is
+    not there and whose name has dots is a path into nested objects (`meta.lang`). Rows with a null in what is wanted
+    are left out and counted in `dropped`; where that is None, a null is an error.
+    """
 
     columns: tuple[str, ...] = ()
     key: str | None = None
+    dropped: Dropped | None = None
 
     @property
     def needed(self) -> tuple[str, ...]:
@@ -87,6 +98,33 @@ class Selection:
         if name not in known:
             raise UsageError(f"{where} has no column {name!r}: it has {', '.join(known)}")
 
+    def of_row(self, row: Mapping[str, Any], where: Callable[[], str]) -> Mapping[str, Any]:
+        """The columns wanted of a row. Raises `UsageError` where it lacks one."""
+        if not self.needed:
+            if self.key is not None and self.key not in row:
+                self.check(list(row), where())
+            return row
+        return {name: row[name] if name in row else self._at_path(row, name, where) for name in self.needed}
+
+    def _at_path(self, row: Mapping[str, Any], path: str, where: Callable[[], str]) -> Any:
+        value: Any = row
+        for name in path.split("."):
+            if value is None:
+                return None  # of an object that is null, every member is
+            if not isinstance(value, Mapping) or name not in value:
+                self._check_one(path, list(row), where())
+                return None  # not reached: a path is no column
+            value = value[name]
+        return value
+
+    def kept(self, rows: Iterable[tuple[Mapping[str, Any], Any, int]]) -> Iterator[tuple[Mapping[str, Any], Any, int]]:
+        """Of (row, anything, bytes) those without a null, where rows with one are to be left out."""
+        for item in rows:
+            if self.dropped is not None and None in item[0].values():
+                self.dropped.rows += 1
+            else:
+                yield item
+
     def fields(self, fields: Sequence[Field]) -> tuple[Field, ...]:
         """Of the fields read, those that become part of the dataset."""
         return tuple(item for item in fields if not self.columns or item.name in self.columns)
@@ -101,15 +139,19 @@ class Selection:
 
 class Input(Protocol):
     """`total_bytes` of the source and `num_rows` are None where they are not cheaply known; `class_names` are the
-    names behind integer labels, by field."""
+    names behind integer labels, by field; `splits` those that the source itself assigns, by file, or none."""
 
     name: str
     fields: tuple[Field, ...]
     num_rows: int | None
     class_names: Mapping[str, tuple[str, ...]]
+    splits: Mapping[str, str]
 
     @property
     def total_bytes(self) -> int | None: ...
+
+    @property
+    def selection(self) -> Selection: ...
 
     def partitions(self, target_bytes: int) -> Iterator[Partition]:
         """Parts of about `target_bytes` of input each, in the order of the rows."""
@@ -131,6 +173,7 @@ class FileInput:
     selection: Selection = Selection()
     num_rows: int | None = None
     class_names: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    splits: Mapping[str, str] = field(default_factory=dict)  # by file name; empty where the input has none
 
     @property
     def total_bytes(self) -> int | None:
@@ -145,7 +188,7 @@ class FileInput:
         raise NotImplementedError
 
     def split_of(self, file: InputFile) -> str:
-        return ""
+        return self.splits.get(file.name, "")
 
     def partitions(self, target_bytes: int) -> Iterator[Partition]:
         if target_bytes < 1:

@@ -18,7 +18,7 @@ import pyarrow as pa
 from turbopump.core.errors import DatasetError, UsageError
 from turbopump.data.inputs.arrays import chunks_of_arrays, field_of_array
 from turbopump.data.inputs.columns import chunks_of_batch, class_names_of, fields_of_schema
-from turbopump.data.inputs.protocol import LOOK_BYTES, LOOK_ROWS, Chunk, Keys, Partition, Selection, cut
+from turbopump.data.inputs.protocol import LOOK_BYTES, LOOK_ROWS, Chunk, Dropped, Keys, Partition, Selection, cut
 from turbopump.data.inputs.rows import Row, chunk_of_rows, fields_of_rows, grouped
 from turbopump.data.manifest import Field
 
@@ -29,9 +29,11 @@ class PythonInput:
 
     fields: tuple[Field, ...]
     chunks: Iterator[tuple[Chunk, Keys]]
+    selection: Selection
     num_rows: int | None = None
     total_bytes: int | None = None
     class_names: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    splits: Mapping[str, str] = field(default_factory=dict)  # none
     name: str = "python"
     _started: bool = False
 
@@ -45,14 +47,16 @@ class PythonInput:
         return self.chunks
 
 
-def from_python(source: Any, *, key: str | None = None, columns: Sequence[str] = ()) -> PythonInput:
+def from_python(
+    source: Any, *, key: str | None = None, columns: Sequence[str] = (), drop_nulls: bool = False
+) -> PythonInput:
     """An input of `source`: mappings, tuples (fields x and y, or x0, x1 ...), texts (`text`), bytes (`bytes`) or arrays
     (`x`), one a row, from any iterable or map-style dataset; a mapping or tuple of arrays with one row a sample; a
     DataFrame or table.
 
     Raises `UsageError` for what is none of these or holds nothing, `DatasetError` naming the sample that does not fit.
     """
-    selection = Selection(tuple(columns), key)
+    selection = Selection(tuple(columns), key, Dropped() if drop_nulls else None)
     batches = _batches(source)
     if batches is not None:
         return _from_batches(*batches, selection)
@@ -83,13 +87,13 @@ def _from_batches(schema: pa.Schema, batches: Iterable[pa.RecordBatch], selectio
         row = 0
         try:
             for batch in batches:
-                for chunk, numbers in chunks_of_batch(batch, fields, row, "the table"):
+                for chunk, numbers in chunks_of_batch(batch, fields, row, "the table", selection.dropped):
                     yield from cut(*selection.apply(chunk, numbers.astype(np.uint64)))
                 row += batch.num_rows
         except pa.ArrowException as error:
             raise DatasetError(f"the table cannot be read after row {row}: {error}") from error
 
-    return PythonInput(selection.fields(fields), chunks(), class_names=class_names_of(schema))
+    return PythonInput(selection.fields(fields), chunks(), selection, class_names=class_names_of(schema))
 
 
 def _from_arrays(arrays: dict[str, np.ndarray], selection: Selection) -> PythonInput:
@@ -104,7 +108,7 @@ def _from_arrays(arrays: dict[str, np.ndarray], selection: Selection) -> PythonI
         wanted = {name: array for name, array in arrays.items() if not selection.needed or name in selection.needed}
         fields = tuple(field_of_array(name, array, "the arrays") for name, array in wanted.items())
         chunks = (selection.apply(*chunk) for chunk in chunks_of_arrays(wanted, 0, num_rows, 0))
-        return PythonInput(selection.fields(fields), chunks, num_rows)
+        return PythonInput(selection.fields(fields), chunks, selection, num_rows)
     rows = ({name: array[i] for name, array in arrays.items()} for i in range(num_rows))
     made = _from_rows(rows, selection)
     made.num_rows = num_rows
@@ -159,18 +163,20 @@ def _from_rows(records: Iterator[Row], selection: Selection) -> PythonInput:
         look_bytes += _bytes_of_row(row)
     if not look:
         raise UsageError("nothing to pack: the source holds no record")
-    fields = fields_of_rows(look, lambda i: f"sample {i}")
+    numbers = [i for i, row in enumerate(look) if selection.dropped is None or None not in row.values()]
+    if not numbers:
+        raise DatasetError(f"nothing to pack: each of the first {len(look)} samples has a null")
+    fields = fields_of_rows([look[i] for i in numbers], lambda i: f"sample {numbers[i]}")
 
     def chunks() -> Iterator[tuple[Chunk, Keys]]:
-        row = 0
-        rows = itertools.chain(look, chosen)
-        for sized in grouped((item, None, _bytes_of_row(item)) for item in rows):
-            group = [item for item, _, _ in sized]
-            chunk = chunk_of_rows(group, fields, lambda i: f"sample {row + i}")  # noqa: B023 - used before row changes
-            yield from cut(*selection.apply(chunk, np.arange(row, row + len(group), dtype=np.uint64)))
-            row += len(group)
+        rows = enumerate(itertools.chain(look, chosen))
+        for group in grouped(selection.kept((item, number, _bytes_of_row(item)) for number, item in rows)):
+            numbers = [number for _, number, _ in group]
+            where = lambda i: f"sample {numbers[i]}"  # noqa: B023, E731 - used before it changes
+            chunk = chunk_of_rows([item for item, _, _ in group], fields, where)
+            yield from cut(*selection.apply(chunk, np.array(numbers, np.uint64)))
 
-    return PythonInput(selection.fields(fields), chunks())
+    return PythonInput(selection.fields(fields), chunks(), selection)
 
 
 def _bytes_of_row(row: Row) -> int:
@@ -179,6 +185,4 @@ def _bytes_of_row(row: Row) -> int:
 
 def _selected(records: Iterator[Row], selection: Selection) -> Iterator[Row]:
     for number, row in enumerate(records):
-        if selection.needed or selection.key is not None:
-            selection.check(list(row), f"sample {number}")
-        yield {name: row[name] for name in selection.needed} if selection.needed else row
+        yield selection.of_row(row, lambda: f"sample {number}")  # noqa: B023 - used at once

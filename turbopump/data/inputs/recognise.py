@@ -5,7 +5,7 @@ Files of one kind make one input; a folder's descriptions of media count with th
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path, PurePosixPath
 
 from turbopump.core.errors import DatasetError, UsageError
@@ -18,7 +18,8 @@ from turbopump.data.inputs.huggingface import huggingface_input, is_saved_datase
 from turbopump.data.inputs.jsonl import jsonl_input
 from turbopump.data.inputs.mds import is_mds, mds_input
 from turbopump.data.inputs.media_types import media_of_suffix
-from turbopump.data.inputs.protocol import Input, Selection
+from turbopump.data.inputs.protocol import Dropped, FileInput, Input, Selection
+from turbopump.data.inputs.splits import splits_by_folder
 from turbopump.data.inputs.text import text_input
 from turbopump.data.inputs.webdataset import webdataset_input
 
@@ -55,12 +56,13 @@ def open_input(
     text_field: str | None = None,
     key: str | None = None,
     columns: Sequence[str] = (),
+    drop_nulls: bool = False,
     exclude: Path | None = None,
 ) -> Input:
     """The input made of files, folders and globs. `format` is one of `FORMATS`, found out where it is None; `include`
     are patterns on the names of a folder's files; `key` is the column whose hash decides the split; `columns` those
-    to keep; `text_field` the one column of text that is wanted, instead of `columns`; `exclude` a folder that is not
-    entered.
+    to keep; `text_field` the one column of text that is wanted, instead of `columns`; `drop_nulls` leaves out rows with
+    a null in them; `exclude` a folder that is not entered.
 
     Raises `UsageError` for sources that are missing or of several kinds and unknown columns, `DatasetError` for files
     that hold no record or cannot be read.
@@ -71,7 +73,8 @@ def open_input(
         raise UsageError(
             f"text_field ({text_field}) and columns ({', '.join(columns)}) both say what to keep: give one"
         )
-    selection = Selection((text_field,) if text_field is not None else tuple(columns), key)
+    wanted = (text_field,) if text_field is not None else tuple(columns)
+    selection = Selection(wanted, key, Dropped() if drop_nulls else None)
     made = _open(list(map(str, sources)), include, format, selection, exclude)
     if text_field is not None and made.fields[0].kind != "text":
         raise DatasetError(f"column {text_field!r} holds no text but {made.fields[0].kind}: name one that does")
@@ -94,17 +97,24 @@ def _open(
 
 
 def _of_files(files: tuple[InputFile, ...], kind: str, selection: Selection) -> Input:
+    described = kind in ("image", "audio")
+    splits = splits_by_folder(file.name for file in files if not described or media_of_suffix(file.name) == kind)
+    made = _made(files, kind, selection, splits)
+    made.splits = splits
+    return made
+
+
+def _made(files: tuple[InputFile, ...], kind: str, selection: Selection, splits: Mapping[str, str]) -> FileInput:
     if kind == "text":
-        made = text_input(files)
         selection.check(["text"], "a text file")
-        return made
+        return text_input(files)
     if kind in ("image", "audio"):
         if not any(media_of_suffix(file.name) == kind for file in files):
             raise UsageError(f"no {kind} files among {len(files)} files: give a folder that holds some")
-        return media_input(files, kind, selection)  # type: ignore[arg-type]
+        return media_input(files, kind, selection, in_splits=bool(splits))  # type: ignore[arg-type]
     if kind in ("csv", "tsv"):
         return delimited_input(files, selection, delimiter="\t" if kind == "tsv" else ",")
-    openers = {
+    openers: dict[str, Callable[[tuple[InputFile, ...], Selection], FileInput]] = {
         "jsonl": jsonl_input, "parquet": parquet_input, "arrow": arrow_input, "webdataset": webdataset_input,
         "arrays": arrays_input,
     }  # fmt: skip

@@ -72,7 +72,7 @@ def _get(row: Row, name: str, where: Where, i: int) -> Any:
     except KeyError:
         raise DatasetError(f"{where(i)} has no {name!r}: give every row the same fields, or {LEAVE_OUT}") from None
     if value is None:
-        raise DatasetError(f"{where(i)}: {name!r} is null: fill it in or drop the row before packing, or {LEAVE_OUT}")
+        raise DatasetError(f"{where(i)}: {name!r} is null: fill it in, drop such rows (--nulls drop), or {LEAVE_OUT}")
     return value
 
 
@@ -100,7 +100,7 @@ def _field(name: str, values: list[Any], where: Where) -> Field:
     if dtype not in DTYPES:
         raise DatasetError(f"{where(0)}: {name!r} holds {dtype}, not one of {', '.join(DTYPES)}: {LEAVE_OUT}")
     shapes = {a.shape for a in filled}
-    if len(shapes) == 1 and not listed:
+    if len(shapes) == 1 and (not listed or (filled[0].ndim > 1 and len(filled) == len(arrays))):
         return Field(name, dtype, filled[0].shape)
     if filled[0].ndim == 0:
         raise DatasetError(f"{where(0)}: {name!r} is a number in some rows and not in others: {LEAVE_OUT}")
@@ -114,9 +114,12 @@ def _as_array(value: Any, name: str, where: Where, i: int) -> np.ndarray:
     except (ValueError, TypeError, RuntimeError):
         array = np.empty(0, object)
     if array.dtype.kind not in "biuf":
-        what = (
-            "a nested object" if isinstance(value, Mapping) else f"a {type(value).__name__} that is no array of numbers"
-        )
+        if isinstance(value, Mapping):
+            path = f"{name}.{next(iter(value), 'name')}"
+            raise DatasetError(
+                f"{where(i)}: {name!r} is a nested object: name its members as columns ({path}), {LEAVE_OUT}"
+            )
+        what = f"a {type(value).__name__} that is no array of numbers"
         raise DatasetError(f"{where(i)}: {name!r} is {what}: {LEAVE_OUT}")
     if not array.dtype.isnative:
         array = array.astype(array.dtype.newbyteorder("="))
