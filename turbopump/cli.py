@@ -480,8 +480,10 @@ def pack(
         progress=_PackLine(),
     )  # fmt: skip
     splits = ", ".join(f"{name} {split.rows:,}" for name, split in manifest.splits.items())
-    skipped = f", {manifest.skipped:,} skipped" if manifest.skipped else ""
-    print(f"packed {manifest.rows:,} rows ({splits}{skipped}), {human_bytes(manifest.bytes)}, into {destination} in "
+    left_out = "documents" if manifest.kind == "tokens" else "rows"
+    skipped = f", {manifest.skipped:,} {left_out} skipped" if manifest.skipped else ""
+    unit = "tokens" if manifest.kind == "tokens" else "rows"
+    print(f"packed {manifest.rows:,} {unit} ({splits}{skipped}), {human_bytes(manifest.bytes)}, into {destination} in "
           f"{human_seconds(time.monotonic() - begin)}; next: turbopump inspect {destination}")  # fmt: skip
 
 
