@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -31,15 +32,43 @@ def sorted_by_length(lengths: np.ndarray) -> np.ndarray:
     Takes O(n log n) time and 8 bytes a sample on top; a caller may keep the result in a file and map it.
     Raises `DatasetError` for lengths that are not a list of whole numbers >= 0.
     """
+    lengths = check_lengths(lengths)
+    return np.argsort(lengths, kind="stable").astype(np.int32 if len(lengths) < 1 << 31 else np.int64)
+
+
+def check_lengths(lengths: np.ndarray, of: str = "") -> np.ndarray:
+    """The same as an array; raises `DatasetError`, begun by `of`, where they are no list of whole numbers >= 0."""
     lengths = np.asarray(lengths)
     if lengths.ndim != 1 or lengths.dtype.kind not in "iu" or not len(lengths):
         raise DatasetError(
-            f"lengths of shape {lengths.shape} and dtype {lengths.dtype}: one whole number a sample is needed"
+            f"{of}lengths of shape {lengths.shape} and dtype {lengths.dtype}: one whole number a sample is needed"
         )
     if lengths.min() < 0:
         first = int(np.flatnonzero(lengths < 0)[0])
-        raise DatasetError(f"sample {first} has length {lengths[first]}: lengths are at least 0")
-    return np.argsort(lengths, kind="stable").astype(np.int32 if len(lengths) < 1 << 31 else np.int64)
+        raise DatasetError(f"{of}sample {first} has length {lengths[first]}: lengths are at least 0")
+    return lengths
+
+
+def lengths_of(source: Any) -> np.ndarray:
+    """The `lengths` of a source, one a sample; raises `UsageError` where it has none or not so many."""
+    lengths = getattr(source, "lengths", None)
+    name = getattr(source, "name", type(source).__name__)
+    if lengths is None:
+        raise UsageError(
+            f'loader.order = "bucketed" needs a table of lengths, and {name} has none: use "shuffle", "blocks" or '
+            f'"sequential"'
+        )
+    if len(lengths) != len(source):
+        raise UsageError(
+            f"{name} has {len(lengths)} lengths for {len(source)} samples: its `lengths` must hold one for each"
+        )
+    return np.asarray(lengths)
+
+
+def check_num_buckets(num_buckets: int) -> None:
+    """Raises `UsageError` for a number of buckets that is not possible."""
+    if not 1 <= num_buckets <= _MAX_BUCKETS:
+        raise UsageError(f"num_buckets: {num_buckets} given; 1 to {_MAX_BUCKETS} are possible")
 
 
 @dataclass(frozen=True)
@@ -167,8 +196,7 @@ def _hashed(epochs: np.ndarray, seed: int) -> np.ndarray:
 
 
 def _equal_cuts(n: int, num_buckets: int) -> np.ndarray:
-    if not 1 <= num_buckets <= _MAX_BUCKETS:
-        raise UsageError(f"num_buckets: {num_buckets} given; 1 to {_MAX_BUCKETS} are possible")
+    check_num_buckets(num_buckets)
     return np.array([number * n // num_buckets for number in range(1, num_buckets)], np.int64)
 
 

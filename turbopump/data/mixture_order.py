@@ -28,7 +28,7 @@ from turbopump.data.order import BLOCK_SAMPLES, WINDOW_BLOCKS, EpochOrder, Order
 from turbopump.data.permutation import mix_int, permute
 
 MIX_BLOCK = 1024
-_BLOCK_PLACES = 1 << 15  # places computed at once: every source costs a fixed 5 microseconds of numpy calls
+BLOCK_PLACES = 1 << 15  # places computed at once: every source costs a fixed 5 microseconds of numpy calls
 _MAX_SOURCES = 1 << 16
 
 Weights = Sequence[float | Fraction]
@@ -61,7 +61,7 @@ class MixtureOrder(StepOrder):
         order: OrderKind = "shuffle",
         block_samples: int = BLOCK_SAMPLES,
         window_blocks: int = WINDOW_BLOCKS,
-        block_places: int = _BLOCK_PLACES,
+        block_places: int = BLOCK_PLACES,
     ) -> None:
         super().__init__(sum(sizes), global_batch, block_places=block_places)
         self.sizes = tuple(sizes)
@@ -74,7 +74,7 @@ class MixtureOrder(StepOrder):
         if problems:
             raise UsageError(f"mixture: {problems[0]}")
         self._segments = self._segments_of(schedule)
-        self._starts = [segment.start_step for segment in self._segments]
+        self.starts = [segment.start_step for segment in self._segments]
 
     def _segments_of(self, schedule: Schedule) -> tuple[_Segment, ...]:
         segments: list[_Segment] = []
@@ -88,7 +88,7 @@ class MixtureOrder(StepOrder):
 
     def counts(self, step: int) -> np.ndarray:
         """Samples taken of each source before `step`, int64 [sources]; exact."""
-        number = bisect_right(self._starts, step) - 1
+        number = bisect_right(self.starts, step) - 1
         segment = self._segments[number]
         here = self._taken(number, segment, (step - segment.start_step) * self.global_batch)
         return np.array([a + b for a, b in zip(segment.taken, here)], np.int64)
@@ -102,12 +102,12 @@ class MixtureOrder(StepOrder):
         out = np.empty((2, count), np.int64)
         done = 0
         while done < count:
-            number = bisect_right(self._starts, (first + done) // self.global_batch) - 1
+            number = bisect_right(self.starts, (first + done) // self.global_batch) - 1
             segment = self._segments[number]
             begin = first + done - segment.start_step * self.global_batch
-            rest = count - done
-            if number + 1 < len(self._starts):
-                rest = min(rest, self._starts[number + 1] * self.global_batch - first - done)
+            rest = min(count - done, BLOCK_PLACES)  # what is worked on stays in the cache
+            if number + 1 < len(self.starts):
+                rest = min(rest, self.starts[number + 1] * self.global_batch - first - done)
             self._fill(out[:, done : done + rest], number, segment, begin, begin + rest)
             done += rest
         return out[0], out[1]

@@ -20,7 +20,7 @@ from typing import Literal
 import numpy as np
 
 from turbopump.core.errors import UsageError
-from turbopump.data.permutation import MAX_N, Ints, mix64, mix_int, permute, unpermute
+from turbopump.data.permutation import MAX_N, mix64, mix_int, permute, unpermute
 
 OrderKind = Literal["shuffle", "blocks", "sequential"]
 BLOCK_SAMPLES = 1024
@@ -186,10 +186,10 @@ class EpochOrder:
         first, end = (_slots(at, size, missing, short) // self.window_blocks for at in (runs.first, ends - 1))
         end += 1
         moved = self._shuffled_in_windows(runs, first, end, num_blocks, missing, short)
-        missing_each, short_each = runs.of_each(missing), runs.of_each(short)
-        slots = _slots(moved, size, missing_each, short_each)
-        moved -= _starts(slots, size, missing_each, short_each)
-        moved += size * self._blocks(slots, runs, first, end, num_blocks, seeds_of_blocks)
+        # as if no slot were short: a sample is then as far from its slot's first place as from its block's first
+        moved += runs.of_each(missing) * (moved >= runs.of_each(_end_of_short(size, missing, short)))
+        slots = moved // size
+        moved += size * (self._blocks(slots, runs, first, end, num_blocks, seeds_of_blocks) - slots)
         return moved
 
     def _blocks(
@@ -225,12 +225,16 @@ class EpochOrder:
         return moved
 
 
-def _slots(places: np.ndarray, size: int, missing: Ints, short: Ints) -> np.ndarray:
+def _end_of_short(size: int, missing: np.ndarray, short: np.ndarray) -> np.ndarray:
+    return (short + 1) * size - missing
+
+
+def _slots(places: np.ndarray, size: int, missing: np.ndarray, short: np.ndarray) -> np.ndarray:
     """The slot that each place lies in."""
-    return (places + missing * (places >= (short + 1) * size - missing)) // size
+    return (places + missing * (places >= _end_of_short(size, missing, short))) // size
 
 
-def _starts(slots: np.ndarray, size: int, missing: Ints, short: Ints) -> np.ndarray:
+def _starts(slots: np.ndarray, size: int, missing: np.ndarray, short: np.ndarray) -> np.ndarray:
     """The first place of each slot."""
     return slots * size - missing * (slots > short)
 
