@@ -4,7 +4,7 @@ The mixture decides, as without buckets, which samples are drawn. The steps fall
 (shorter ones before a step at which the weights change): the samples drawn for a window are sorted by length and cut
 into its batches, which stand in an order permuted anew in each window. So each batch holds one part in `num_buckets` of
 the lengths, as with `buckets.BucketOrder`; samples only move within a window, and each is accounted for as before.
-Memory: the lengths, 4 bytes a sample (8 where one is 2^31 or more), and one window; a restart costs one window.
+Memory: the lengths, 1 to 8 bytes a sample as the longest needs, and some windows; a restart costs one window.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ class MixtureBucketOrder(StepOrder):
         if tuple(sizes) != mixed.sizes:
             raise DatasetError(f"lengths of {sizes} samples for sources of {list(mixed.sizes)}: one a sample is needed")
         longest = max(int(part.max()) for part in lengths)
-        self._lengths = np.concatenate(lengths, dtype=np.int32 if longest < 1 << 31 else np.int64, casting="unsafe")
+        self._lengths = np.concatenate(lengths, dtype=np.min_scalar_type(longest), casting="unsafe")
 
     def at(self, first: int, count: int) -> tuple[np.ndarray, np.ndarray]:
         """Epochs (each source's own) and indices of the places `first` to `first + count` of the run."""
@@ -91,7 +91,7 @@ class MixtureBucketOrder(StepOrder):
 
 def stable_argsort(numbers: np.ndarray) -> np.ndarray:
     """`numpy.argsort(numbers, kind="stable")` of whole numbers >= 0, by 16 bits a pass: those NumPy sorts by radix."""
-    order = np.argsort(numbers.astype(np.uint16), kind="stable")
+    order = np.argsort(numbers.astype(np.uint16, copy=False), kind="stable")
     longest = int(numbers.max(initial=0))
     for shift in range(16, longest.bit_length(), 16):
         order = order[np.argsort((numbers[order] >> shift).astype(np.uint16), kind="stable")]
