@@ -7,8 +7,8 @@ workers or earlier calls, and nothing grows with the number of samples or steps.
 `StepOrder` is what the loader sees; `Order` orders one dataset: "shuffle" (`permutation.permute` keyed by seed and
 epoch), "blocks" (for storage that is slow at single records: blocks of neighbours are permuted, then samples within
 windows of a few blocks), "sequential". What is one number an epoch or window is computed once for its run of places
-(`Runs`). Mixtures are in `mixture_order`, batches by length in `buckets` and
-`mixture_buckets`; `source_order` chooses for a source.
+(`Runs`). Mixtures are in `mixture_order`, batches by length in `buckets` and `mixture_buckets`; `source_order` chooses
+for a source.
 """
 
 from __future__ import annotations
