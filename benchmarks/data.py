@@ -3,7 +3,7 @@
     python -m benchmarks.data [--quick] [--only GROUP ...] [--directory DIR]
 
 Groups: `warm` (data_warm), `peers` and `pack` (data_versus), `loader` (data_loaders), `cold`, `verify`, `fuzz`,
-`remote`, `resume` (data_GROUP). With `--only`, rows of other groups stay in the result file as they were measured.
+`remote`, `resume`, `order` (data_GROUP). With `--only`, rows of other groups stay in the file as they were measured.
 Scratch files lie below DIR and go at any end; peers are installed once, into `.peers`. A group that fails is named, its
 rows are absent, the others still count, and the exit status is 1. About 25 minutes; give it an otherwise idle machine.
 """
@@ -25,7 +25,7 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks import data_cold, data_loaders, data_remote, data_resume, data_versus, data_warm
+from benchmarks import data_cold, data_loaders, data_order, data_remote, data_resume, data_versus, data_warm
 from benchmarks.data_own import in_process, note
 from benchmarks.data_peers import Peer, PeerError, close_all, installed_peers
 from benchmarks.harness import RESULTS, Ratio, Row, Target, print_table, targets, write_results
@@ -167,6 +167,12 @@ def resume(run: Run) -> Iterator[Row]:
     yield TARGETS["data.resume_exact"].row(found.differing, runs=found.schedules, peers=found.figures)
 
 
+def order(run: Run) -> Iterator[Row]:
+    """No row: a line an order."""
+    data_order.print_order_ns(run.quick)
+    yield from ()
+
+
 def fuzz(run: Run) -> Iterator[Row]:
     """No row: a line, and a failure where anything but a typed error or right data came of a mutation."""
     module = importlib.import_module("benchmarks.data_fuzz")
@@ -186,7 +192,7 @@ def fuzz(run: Run) -> Iterator[Row]:
 
 GROUPS: Mapping[str, Callable[[Run], Iterator[Row]]] = {
     "warm": warm, "peers": peers, "loader": loader, "pack": pack, "cold": cold, "verify": verify, "remote": remote,
-    "resume": resume, "fuzz": fuzz,
+    "resume": resume, "order": order, "fuzz": fuzz,
 }  # fmt: skip
 
 

@@ -1,6 +1,6 @@
 """Exact resume: random schedules of ranks and workers against one reader without a break; and what an order costs.
 
-A schedule runs one dataset (rows, rows that differ in length, tokens, a mixture) in one order. It stops at random steps
+A schedule runs one dataset (rows, rows that differ in length, tokens, mixtures) in one order. It stops at random steps
 and goes on with another number of ranks, another kind and number of workers, other microbatches, its sources opened
 anew; the global batches, put together of all ranks', are compared bit for bit.
 """
@@ -36,6 +36,7 @@ MAX_RANKS, SHARD_BYTES, SEQ_LEN = 7, 4096, 16
 ORDERS = {
     "rows": ("shuffle", "blocks", "sequential"), "ragged": ("shuffle", "blocks", "sequential", "bucketed"),
     "tokens": ("shuffle", "blocks", "sequential"), "mixture": ("shuffle", "blocks", "sequential"),
+    "ragged mixture": ("bucketed",),
 }  # fmt: skip
 WORKERS = (("auto", 0), ("threads", 1), ("threads", 2), ("processes", 1), ("processes", 2))
 MANY_SHARDS = 10_000
@@ -135,9 +136,10 @@ def write_datasets(datasets: Path) -> None:
         fields = [Field("x", "float32", (5, 7)), Field("y", "int64")]
         columns = [rng.standard_normal((rows, 5, 7)).astype(np.float32), rng.integers(0, 1 << 60, rows)]
         _write(datasets / name, "arrays", fields, columns)
-    parts = [rng.integers(0, 1 << 15, int(length)).astype(np.int16) for length in rng.integers(0, 90, 307)]
     fields = [Field("x", "int16", (), "ragged"), Field("y", "int32")]
-    _write(datasets / "ragged", "arrays", fields, [ragged_of(parts), np.arange(307, dtype=np.int32)])
+    for name, rows in (("ragged", 307), ("more-ragged", 131)):
+        parts = [rng.integers(0, 1 << 15, int(length)).astype(np.int16) for length in rng.integers(0, 90, rows)]
+        _write(datasets / name, "arrays", fields, [ragged_of(parts), np.arange(rows, dtype=np.int32)])
     tokens = rng.integers(0, 256, 359 * SEQ_LEN + 1).astype(np.uint8)
     _write(datasets / "tokens", "tokens", [Field("tokens", "uint8")], [tokens])
 
@@ -154,8 +156,9 @@ def _write(path: Path, kind: str, fields: Sequence[Field], columns: Sequence[Any
 def open_source(kind: str, datasets: Path) -> Any:
     if kind == "tokens":
         return TokensSource(TokensConfig(path=str(datasets / kind), seq_len=SEQ_LEN), "train")
-    if kind == "mixture":
-        sources = [ArraysSource(ArraysConfig(path=str(datasets / name)), "train") for name in ("rows", "more-rows")]
+    if "mixture" in kind:
+        names = ("ragged", "more-ragged") if kind == "ragged mixture" else ("rows", "more-rows")
+        sources = [ArraysSource(ArraysConfig(path=str(datasets / name)), "train") for name in names]
         return MixtureSource(sources, [(0, (0.7, 0.3)), (3, (0.2, 0.8))])
     return ArraysSource(ArraysConfig(path=str(datasets / kind)), "train")
 

@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from benchmarks import data, data_resume, data_versus, data_warm
+from benchmarks import data, data_order, data_resume, data_versus, data_warm
 from benchmarks.data_loaders import judged
 from benchmarks.data_own import BATCH, all_of, check_all, packed, packed_tokens, rows_reader, windows_reader
 from benchmarks.data_peer_records import expected_digest, write_raw
@@ -178,11 +178,23 @@ def test_schedules_can_be_run_and_differ():
             )
 
 
-@pytest.mark.parametrize(("kind", "order"), [("ragged", "bucketed"), ("tokens", "shuffle"), ("mixture", "blocks")])
+@pytest.mark.parametrize(
+    ("kind", "order"),
+    [("ragged", "bucketed"), ("tokens", "shuffle"), ("mixture", "blocks"), ("ragged mixture", "bucketed")],
+)
 def test_a_schedule_agrees_with_an_uninterrupted_reader(tmp_path, kind, order):
     write_datasets(tmp_path)
     segments = (Segment(0, 2, 3, 2, "threads", 1), Segment(2, 4, 1, 0, "auto", 0), Segment(4, 5, 2, 3, "auto", 0))
     assert differing_batches(Schedule(kind, order, 1, 12, segments), tmp_path) == (0, 5)
+
+
+def test_what_each_order_costs_is_printed(monkeypatch, capsys):
+    made = [(name, make) for name, make in data_order.orders() if "64" in name or "bucketed" in name]
+    monkeypatch.setattr(data_order, "orders", lambda: iter(made))
+    monkeypatch.setattr(data_order, "INDICES", 1)
+    data_order.print_order_ns(quick=True)
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 1 + len(made) and all(name in line for (name, _), line in zip(made, lines[1:]))
 
 
 def test_a_batch_that_differs_is_counted(tmp_path, monkeypatch):

@@ -13,7 +13,7 @@ from turbopump.core import config, plugins
 from turbopump.core.errors import ConfigError, DatasetError, UsageError
 from turbopump.data.manifest import Field
 from turbopump.data.mixture import MIXTURE, MixtureConfig, MixtureSource, TokensPart, WeightsChange
-from turbopump.data.mixture_order import MIX_BLOCK, MixtureOrder, taken_of, whole_weights
+from turbopump.data.mixture_order import MIX_BLOCK, MixtureOrder, taken_along, taken_of, whole_weights
 from turbopump.data.order import Order
 from turbopump.data.ragged import Ragged, ragged_of
 from turbopump.data.source_order import source_order
@@ -33,6 +33,20 @@ def test_the_rule_of_quotas_adds_up_never_falls_and_stays_near_the_weight(weight
     for count, weight in zip(taken, whole):
         assert abs(count - Fraction(places * weight, sum(whole))) <= bound
         assert weight or not count
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    weights=st.lists(st.floats(0, 1), min_size=1, max_size=9).filter(sum),
+    start=st.integers(0, 1 << 70),
+    more=st.lists(st.integers(0, 1 << 18), min_size=1, max_size=5).map(sorted),
+)
+def test_quotas_of_many_blocks_at_once_follow_the_rule(weights, start, more):
+    whole = whole_weights(weights)
+    found = np.stack(taken_along(start, np.array(more), whole))
+    at_start = taken_of(start, whole)
+    expected = [[b - a for a, b in zip(at_start, taken_of(start + m, whole))] for m in more]
+    assert found.T.tolist() == expected
 
 
 @st.composite

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from turbopump.core.errors import UsageError
 from turbopump.data.order import Order
-from turbopump.data.permutation import MAX_N, permute, unpermute
+from turbopump.data.permutation import MAX_N, permute, turn_by_reference, unpermute
 
 AWKWARD = sorted({1, 2, 3, 5, 7, 97, 257, 65537} | {(1 << k) + d for k in range(2, 17) for d in (-1, 0, 1)})
 
@@ -43,6 +43,33 @@ def test_one_n_and_stream_each_equal_one_for_all(pairs):
     together = permute(places, sizes, 5, streams)
     apart = [permute(place[None], int(n), 5, int(stream))[0] for place, n, stream in zip(places, sizes, streams)]
     assert np.array_equal(together, apart)
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    rows=st.lists(
+        st.tuples(st.integers(1, MAX_N) | st.integers(1, 40), st.integers(0, 1 << 63), st.integers(0, 1 << 63)),
+        min_size=1,
+        max_size=30,
+    ),
+    one_n=st.booleans(),
+    one_seed=st.booleans(),
+    one_stream=st.booleans(),
+)
+def test_compiled_code_and_the_reference_agree(rows, one_n, one_seed, one_stream):
+    columns = [np.array(column, np.uint64) for column in zip(*rows)]
+    n, seed, stream = (int(c[0]) if one else c for c, one in zip(columns, (one_n, one_seed, one_stream)))
+    places = (columns[0] // np.uint64(2)).astype(np.int64) if not one_n else np.arange(len(rows)) % n
+    there = permute(places, n, seed, stream)
+    assert np.array_equal(there, turn_by_reference(places, n, seed, stream, backward=False))
+    assert np.array_equal(unpermute(there, n, seed, stream), places)
+    assert np.array_equal(turn_by_reference(there, n, seed, stream, backward=True), places)
+
+
+def test_compiled_code_is_given_a_setting_for_each_number():
+    for wrong in (np.arange(1, 3), np.ones((3, 1), np.int64)):
+        with pytest.raises(ValueError, match="for 3 numbers"):
+            permute(np.zeros(3, np.int64), 10, 1, wrong)
 
 
 def test_long_inputs_equal_short_ones():

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 from turbopump.data.buckets import BucketOrder
+from turbopump.data.mixture_buckets import MixtureBucketOrder
 from turbopump.data.mixture_order import MIX_BLOCK, MixtureOrder
 from turbopump.data.order import Order
 from turbopump.data.permutation import mix64, mix_int, permute
@@ -91,6 +92,20 @@ def mixed(sizes, schedule, batch, seed, kind, block_samples, window_blocks, num_
     return draws
 
 
+def bucketed_mixture(draws, schedule, lengths, batch, seed, num_buckets, num_steps):
+    """The same draws, window by window sorted by length, each window's batches shuffled."""
+    starts = {start for start, _ in schedule} | set(range(0, num_steps + num_buckets, num_buckets))
+    ordered = []
+    for begin, end in pairwise(sorted(starts)):
+        window = draws[begin * batch : end * batch]
+        by_length = sorted(range(len(window)), key=lambda k: (lengths[window[k][1]], k))
+        parts = [sorted(by_length[k : k + batch]) for k in range(0, len(window), batch)]
+        places = whole(end - begin, mix_int(seed), begin)
+        batches = sorted(zip(places, parts))
+        ordered += [window[k] for _, part in batches for k in part]
+    return ordered
+
+
 def bucketed(lengths, batch, seed, num_buckets, num_steps):
     """All (epoch, index) of batches by length, epoch by epoch, in lists."""
     n = len(lengths)
@@ -134,20 +149,30 @@ def hashed(epoch, seed):
 def random_case(rng):
     """A way to make an order anew, and all its draws by the reference."""
     batch, seed, num_steps = rng.randint(1, 30), rng.randint(0, 1 << 40), rng.randint(1, 60)
-    kind = rng.choice(["shuffle", "blocks", "sequential", "mixture", "bucketed"])
+    kind = rng.choice(["shuffle", "blocks", "sequential", "mixture", "bucketed", "bucketed mixture"])
     blocks = {"block_samples": rng.randint(1, 30), "window_blocks": rng.randint(1, 6)}
     if kind == "bucketed":
         lengths = [rng.randint(0, 50) for _ in range(rng.randint(1, 400))]
         num_buckets = rng.randint(1, 12)
         draws = bucketed(lengths, batch, seed, num_buckets, num_steps)
         return lambda: BucketOrder(np.array(lengths), batch, seed=seed, num_buckets=num_buckets), draws, num_steps
-    if kind == "mixture":
+    if "mixture" in kind:
         sizes = [rng.randint(1, 400) for _ in range(rng.randint(1, 5))]
         starts = [0, *sorted(rng.sample(range(1, num_steps), min(num_steps - 1, rng.randint(0, 3))))]
         schedule = [(start, [rng.randint(0, 99) / 100 for _ in sizes[1:]] + [0.01]) for start in starts]
         inner = rng.choice(["shuffle", "blocks", "sequential"])
-        draws = mixed(sizes, schedule, batch, seed, inner, *blocks.values(), num_steps)
-        return lambda: MixtureOrder(sizes, schedule, batch, seed=seed, order=inner, **blocks), draws, num_steps
+        num_buckets = rng.randint(1, 12)
+        draws = mixed(sizes, schedule, batch, seed, inner, *blocks.values(), num_steps + num_buckets)
+
+        def make():
+            return MixtureOrder(sizes, schedule, batch, seed=seed, order=inner, **blocks)
+
+        if kind == "mixture":
+            return make, draws, num_steps
+        lengths = [rng.choice([rng.randint(0, 50), rng.randint(0, 1 << 40)]) for _ in range(sum(sizes))]
+        parts = np.split(np.array(lengths), np.cumsum(sizes)[:-1])
+        draws = bucketed_mixture(draws, schedule, lengths, batch, seed, num_buckets, num_steps)
+        return lambda: MixtureBucketOrder(make(), parts, seed=seed, num_buckets=num_buckets), draws, num_steps
     n = rng.choice([rng.randint(1, 10), rng.randint(20, 500), 1 << rng.randint(5, 9), (1 << rng.randint(5, 9)) + 1])
     stream = endless(kind, n, seed, *blocks.values())
     draws = [next(stream) for _ in range(batch * num_steps)]

@@ -12,11 +12,13 @@ restart costs O(1).
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
 from turbopump.core.errors import DatasetError, UsageError
-from turbopump.data.order import StepOrder, epochs_and_places
+from turbopump.data.order import Runs, StepOrder, runs_of, successive, words
 from turbopump.data.permutation import mix64, mix_int, permute
 
 NUM_BUCKETS = 64
@@ -30,15 +32,62 @@ def sorted_by_length(lengths: np.ndarray) -> np.ndarray:
     Takes O(n log n) time and 8 bytes a sample on top; a caller may keep the result in a file and map it.
     Raises `DatasetError` for lengths that are not a list of whole numbers >= 0.
     """
+    lengths = check_lengths(lengths)
+    return np.argsort(lengths, kind="stable").astype(np.int32 if len(lengths) < 1 << 31 else np.int64)
+
+
+def check_lengths(lengths: np.ndarray, of: str = "") -> np.ndarray:
+    """The same as an array; raises `DatasetError`, begun by `of`, where they are no list of whole numbers >= 0."""
     lengths = np.asarray(lengths)
     if lengths.ndim != 1 or lengths.dtype.kind not in "iu" or not len(lengths):
         raise DatasetError(
-            f"lengths of shape {lengths.shape} and dtype {lengths.dtype}: one whole number a sample is needed"
+            f"{of}lengths of shape {lengths.shape} and dtype {lengths.dtype}: one whole number a sample is needed"
         )
     if lengths.min() < 0:
         first = int(np.flatnonzero(lengths < 0)[0])
-        raise DatasetError(f"sample {first} has length {lengths[first]}: lengths are at least 0")
-    return np.argsort(lengths, kind="stable").astype(np.int32 if len(lengths) < 1 << 31 else np.int64)
+        raise DatasetError(f"{of}sample {first} has length {lengths[first]}: lengths are at least 0")
+    return lengths
+
+
+def lengths_of(source: Any) -> np.ndarray:
+    """The `lengths` of a source, one a sample; raises `UsageError` where it has none or not so many."""
+    lengths = getattr(source, "lengths", None)
+    name = getattr(source, "name", type(source).__name__)
+    if lengths is None:
+        raise UsageError(
+            f'loader.order = "bucketed" needs a table of lengths, and {name} has none: use "shuffle", "blocks" or '
+            f'"sequential"'
+        )
+    if len(lengths) != len(source):
+        raise UsageError(
+            f"{name} has {len(lengths)} lengths for {len(source)} samples: its `lengths` must hold one for each"
+        )
+    return np.asarray(lengths)
+
+
+def check_num_buckets(num_buckets: int) -> None:
+    """Raises `UsageError` for a number of buckets that is not possible."""
+    if not 1 <= num_buckets <= _MAX_BUCKETS:
+        raise UsageError(f"num_buckets: {num_buckets} given; 1 to {_MAX_BUCKETS} are possible")
+
+
+@dataclass(frozen=True)
+class _Epochs:
+    """What holds for each of some epochs, int64 [epochs] (`dissolved` is bool).
+
+    `head` places come before its first whole batch, then `whole` batches, the first `from_buckets` numbers of them from
+    one bucket and the others pooled. Where a batch is `dissolved` it is the last of bucket `lost`. The `pool` holds so
+    many samples and begins at its sample `turn`.
+    """
+
+    epoch: np.ndarray
+    head: np.ndarray
+    whole: np.ndarray
+    from_buckets: np.ndarray
+    dissolved: np.ndarray
+    lost: np.ndarray
+    pool: np.ndarray
+    turn: np.ndarray
 
 
 class BucketOrder(StepOrder):
@@ -73,38 +122,50 @@ class BucketOrder(StepOrder):
 
     def at(self, first: int, count: int) -> tuple[np.ndarray, np.ndarray]:
         """Epochs and sample indices of the places `first` to `first + count` of the run, each int64 [count]."""
-        batch = self.global_batch
-        epochs, places = epochs_and_places(first, count, self.n)
-        # of an epoch: the places up to its first whole batch, its whole batches, and the rest
-        head = np.minimum(-((epochs % batch) * (self.n % batch)) % batch, self.n)
-        whole = (self.n - head) // batch
-        rest = (self.n - head) % batch
+        runs = runs_of([first], np.array([count]), np.array([self.n]), words([self.seed]))
+        epochs = self._epochs(runs.epoch)
+        buckets, within = self._found(runs, epochs)
+        each = runs.epochs
+        moved = permute(within, self._sizes[buckets], self._seeds[1], each * _MAX_BUCKETS + buckets)
+        moved += self.starts[buckets]
+        return each, self._sorted[moved].astype(np.int64)
+
+    def _epochs(self, epoch: np.ndarray) -> _Epochs:
+        head = np.minimum(-((epoch % self.global_batch) * (self.n % self.global_batch)) % self.global_batch, self.n)
+        whole, rest = np.divmod(self.n - head, self.global_batch)
         dissolved = head + rest > self._leftovers[-1]
-        num_whole_buckets = self._batches[-1] - dissolved  # batches from one bucket; the other whole ones are pooled
-        in_whole = (places >= head) & (places < head + whole * batch)
+        drawn = (_hashed(epoch, self._seeds[2]) % _U(max(1, int(self._batches[-1])))).astype(np.int64)
+        lost = np.minimum(np.searchsorted(self._batches, drawn, "right") - 1, len(self._sizes) - 1)
+        pool = np.maximum(self._leftovers[-1] + dissolved * self.global_batch, 1)
+        turn = (_hashed(epoch, self._seeds[3]) % pool.astype(_U)).astype(np.int64)
+        return _Epochs(epoch, head, whole, self._batches[-1] - dissolved, dissolved, lost, pool, turn)
 
-        numbers, rows = np.divmod(places - head, batch)
-        numbers[in_whole] = permute(numbers[in_whole], whole[in_whole], self._seeds[0], epochs[in_whole])
-        from_bucket = in_whole & (numbers < num_whole_buckets)
-        pooled = np.where(in_whole, (numbers - num_whole_buckets) * batch + rows, 0)
-        edge = (whole - num_whole_buckets) * batch  # the pool's places after its whole batches: head, then rest
-        pooled = np.where(places < head, edge + places, pooled)
-        pooled = np.where(places >= head + whole * batch, edge + places - whole * batch, pooled)
+    def _found(self, runs: Runs, epochs: _Epochs) -> tuple[np.ndarray, np.ndarray]:
+        """Bucket, and place within it before it is permuted, of each place of `runs`; int64 each.
 
-        lost = self._dissolved_bucket(epochs)
-        buckets, within = self._of_batches(numbers, rows, dissolved, lost)
-        pool_buckets, pool_within = self._of_pool(pooled, epochs, dissolved, lost)
-        buckets = np.where(from_bucket, buckets, pool_buckets)
-        within = np.where(from_bucket, within, pool_within)
-        streams = epochs * _MAX_BUCKETS + buckets
-        moved = permute(within, self._sizes[buckets], self._seeds[1], streams)
-        return epochs, self._sorted[self.starts[buckets] + moved].astype(np.int64)
-
-    def _dissolved_bucket(self, epochs: np.ndarray) -> np.ndarray:
-        """The bucket that gives its last batch to the pool, where one does: drawn by its number of batches."""
-        total = max(1, int(self._batches[-1]))
-        drawn = (_hashed(epochs, self._seeds[2]) % _U(total)).astype(np.int64)
-        return np.minimum(np.searchsorted(self._batches, drawn, "right") - 1, len(self._sizes) - 1)
+        All but the pool's are worked out once a batch.
+        """
+        batch = self.global_batch
+        ends = runs.first + runs.count
+        first, last = (runs.first - epochs.head) // batch, (ends - 1 - epochs.head) // batch  # -1 is the head
+        of, numbers = np.repeat(np.arange(len(first)), last - first + 1), successive(first, last - first + 1)
+        head, whole, from_buckets = epochs.head[of], epochs.whole[of], epochs.from_buckets[of]
+        begins = np.maximum(runs.first[of], head + numbers * batch)
+        counts = np.minimum(ends[of], head + (numbers + 1) * batch) - begins
+        rows = begins - head - numbers * batch
+        in_whole = (numbers >= 0) & (numbers < whole)
+        numbers[in_whole] = permute(numbers[in_whole], whole[in_whole], self._seeds[0], epochs.epoch[of[in_whole]])
+        buckets, within = self._of_batches(numbers, rows, epochs.dissolved[of], epochs.lost[of])
+        pooled = ~(in_whole & (numbers < from_buckets))
+        if not pooled.any():
+            return np.repeat(buckets, counts), successive(within, counts)
+        edge = (whole - from_buckets) * batch  # the pool's places after its whole batches: head, then rest
+        at_edge = edge + np.where(begins < head, begins, begins - whole * batch)
+        in_pool = np.where(in_whole, (numbers - from_buckets) * batch + rows, at_edge)
+        buckets, within, where = np.repeat(buckets, counts), successive(within, counts), np.repeat(pooled, counts)
+        in_pool = successive(in_pool[pooled], counts[pooled])
+        buckets[where], within[where] = self._of_pool(in_pool, epochs, np.repeat(of[pooled], counts[pooled]))
+        return buckets, within
 
     def _of_batches(
         self, numbers: np.ndarray, rows: np.ndarray, dissolved: np.ndarray, lost: np.ndarray
@@ -114,13 +175,12 @@ class BucketOrder(StepOrder):
         buckets = np.clip(np.searchsorted(self._batches, numbers, "right") - 1, 0, len(self._sizes) - 1)
         return buckets, (numbers - self._batches[buckets]) * self.global_batch + rows
 
-    def _of_pool(
-        self, pooled: np.ndarray, epochs: np.ndarray, dissolved: np.ndarray, lost: np.ndarray
-    ) -> tuple[np.ndarray, np.ndarray]:
-        """Bucket and place within it of the sample `pooled` of the pool, which begins elsewhere in each epoch."""
+    def _of_pool(self, in_pool: np.ndarray, epochs: _Epochs, of: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Bucket and place within it of the places `in_pool` of the pools of the epochs `of`."""
         batch = self.global_batch
-        size = np.maximum(self._leftovers[-1] + dissolved * batch, 1)
-        turned = (pooled + (_hashed(epochs, self._seeds[3]) % size.astype(_U)).astype(np.int64)) % size
+        dissolved, lost, size = epochs.dissolved[of], epochs.lost[of], epochs.pool[of]
+        turned = in_pool + epochs.turn[of]
+        turned -= size * (turned >= size)
         # a dissolved batch stands before the leftovers of its bucket, as its places do
         after_lost = dissolved & (turned >= self._leftovers[lost + 1] + batch)
         in_lost = dissolved & (turned >= self._leftovers[lost]) & ~after_lost
@@ -136,8 +196,7 @@ def _hashed(epochs: np.ndarray, seed: int) -> np.ndarray:
 
 
 def _equal_cuts(n: int, num_buckets: int) -> np.ndarray:
-    if not 1 <= num_buckets <= _MAX_BUCKETS:
-        raise UsageError(f"num_buckets: {num_buckets} given; 1 to {_MAX_BUCKETS} are possible")
+    check_num_buckets(num_buckets)
     return np.array([number * n // num_buckets for number in range(1, num_buckets)], np.int64)
 
 

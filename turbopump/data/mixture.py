@@ -24,10 +24,12 @@ import numpy as np
 
 from turbopump.core import plugins
 from turbopump.core.config import BY_KIND, NonNegativeFloat, PositiveFloat, PositiveInt, setting
-from turbopump.core.errors import DatasetError, UsageError
+from turbopump.core.errors import DatasetError
 from turbopump.core.files import digest
 from turbopump.core.plugins import SourceKind
+from turbopump.data.buckets import NUM_BUCKETS, lengths_of
 from turbopump.data.mixture_batch import BatchMemory, placed, sample_schema
+from turbopump.data.mixture_buckets import MixtureBucketOrder
 from turbopump.data.mixture_order import MixtureOrder, Schedule, schedule_problems
 from turbopump.data.order import BLOCK_SAMPLES, WINDOW_BLOCKS, OrderKind
 from turbopump.data.sources import ArraysConfig, TokensConfig
@@ -228,19 +230,22 @@ class MixtureSource:
         seed: int = 0,
         block_samples: int = BLOCK_SAMPLES,
         window_blocks: int = WINDOW_BLOCKS,
-    ) -> MixtureOrder:
+        num_buckets: int = NUM_BUCKETS,
+    ) -> MixtureOrder | MixtureBucketOrder:
         """The order that a loader reads this source in (the hook described in `source_order`)."""
-        if order == "bucketed":
-            raise UsageError('loader.order = "bucketed" orders one dataset by length: a mixture takes the other orders')
-        return MixtureOrder(
+        mixed = MixtureOrder(
             self.sizes,
             self.schedule,
             global_batch,
             seed=seed,
-            order=order,
+            order="shuffle" if order == "bucketed" else order,
             block_samples=block_samples,
             window_blocks=window_blocks,
         )
+        if order != "bucketed":
+            return mixed
+        lengths = [lengths_of(source) for source in self.sources]
+        return MixtureBucketOrder(mixed, lengths, seed=seed, num_buckets=num_buckets)
 
     def __reduce__(self) -> tuple[Any, ...]:
         return MixtureSource, (self.sources, self.schedule)

@@ -24,11 +24,11 @@ from itertools import pairwise
 import numpy as np
 
 from turbopump.core.errors import UsageError
-from turbopump.data.order import BLOCK_SAMPLES, WINDOW_BLOCKS, Order, OrderKind, StepOrder
+from turbopump.data.order import BLOCK_SAMPLES, WINDOW_BLOCKS, EpochOrder, OrderKind, StepOrder, runs_of, words
 from turbopump.data.permutation import mix_int, permute
 
 MIX_BLOCK = 1024
-_BLOCK_PLACES = 1 << 16  # places computed at once: every source costs a fixed tenth of a millisecond of numpy calls
+BLOCK_PLACES = 1 << 16  # places computed at once: every source costs a fixed 5 microseconds of numpy calls
 _MAX_SOURCES = 1 << 16
 
 Weights = Sequence[float | Fraction]
@@ -61,28 +61,20 @@ class MixtureOrder(StepOrder):
         order: OrderKind = "shuffle",
         block_samples: int = BLOCK_SAMPLES,
         window_blocks: int = WINDOW_BLOCKS,
-        block_places: int = _BLOCK_PLACES,
+        block_places: int = BLOCK_PLACES,
     ) -> None:
         super().__init__(sum(sizes), global_batch, block_places=block_places)
         self.sizes = tuple(sizes)
+        self._sizes = np.array(self.sizes, np.int64)
         self.offsets = np.concatenate([[0], np.cumsum(self.sizes)]).astype(np.int64)
         self._seed_of_blocks = mix_int(seed + 1)
-        self._orders = [
-            Order(
-                size,
-                global_batch,
-                order=order,
-                seed=mix_int(seed + number + 2),
-                block_samples=block_samples,
-                window_blocks=window_blocks,
-            )
-            for number, size in enumerate(self.sizes)
-        ]
+        self._of_epoch = EpochOrder(order, block_samples, window_blocks)
+        self._seeds = words([mix_int(seed + number + 2) for number in range(len(self.sizes))])
         problems = schedule_problems(schedule, len(self.sizes))
         if problems:
             raise UsageError(f"mixture: {problems[0]}")
         self._segments = self._segments_of(schedule)
-        self._starts = [segment.start_step for segment in self._segments]
+        self.starts = [segment.start_step for segment in self._segments]
 
     def _segments_of(self, schedule: Schedule) -> tuple[_Segment, ...]:
         segments: list[_Segment] = []
@@ -96,7 +88,7 @@ class MixtureOrder(StepOrder):
 
     def counts(self, step: int) -> np.ndarray:
         """Samples taken of each source before `step`, int64 [sources]; exact."""
-        number = bisect_right(self._starts, step) - 1
+        number = bisect_right(self.starts, step) - 1
         segment = self._segments[number]
         here = self._taken(number, segment, (step - segment.start_step) * self.global_batch)
         return np.array([a + b for a, b in zip(segment.taken, here)], np.int64)
@@ -110,12 +102,12 @@ class MixtureOrder(StepOrder):
         out = np.empty((2, count), np.int64)
         done = 0
         while done < count:
-            number = bisect_right(self._starts, (first + done) // self.global_batch) - 1
+            number = bisect_right(self.starts, (first + done) // self.global_batch) - 1
             segment = self._segments[number]
             begin = first + done - segment.start_step * self.global_batch
-            rest = count - done
-            if number + 1 < len(self._starts):
-                rest = min(rest, self._starts[number + 1] * self.global_batch - first - done)
+            rest = min(count - done, BLOCK_PLACES)  # what is worked on stays in the cache
+            if number + 1 < len(self.starts):
+                rest = min(rest, self.starts[number + 1] * self.global_batch - first - done)
             self._fill(out[:, done : done + rest], number, segment, begin, begin + rest)
             done += rest
         return out[0], out[1]
@@ -125,28 +117,30 @@ class MixtureOrder(StepOrder):
         first_block = begin // MIX_BLOCK
         skipped = begin - first_block * MIX_BLOCK
         sources = self._sources(number, segment, first_block, -(-end // MIX_BLOCK))[: skipped + end - begin]
-        before = np.bincount(sources[:skipped], minlength=len(self.sizes))
+        draws = np.bincount(sources[:skipped], minlength=len(self.sizes)).tolist()  # of this block, before `begin`
         sources = sources[skipped:]
         by_source = np.argsort(sources, kind="stable")
-        ends = np.cumsum(np.bincount(sources, minlength=len(self.sizes)))
+        counts = np.bincount(sources, minlength=len(self.sizes))
+        present = np.flatnonzero(counts)
+        counts = counts[present]
         starts = taken_of(first_block * MIX_BLOCK, segment.weights)
-        for source in np.unique(sources).tolist():
-            where = by_source[ends[source - 1] if source else 0 : ends[source]]
-            draw = segment.taken[source] + starts[source] + int(before[source])
-            epochs, indices = self._orders[source].at(draw, len(where))
-            out[0, where] = epochs
-            out[1, where] = indices + self.offsets[source]
+        firsts = [segment.taken[source] + starts[source] + draws[source] for source in present.tolist()]
+        runs = runs_of(firsts, counts, self._sizes[present], self._seeds[present])
+        out[0, by_source] = runs.epochs
+        out[1, by_source] = self._of_epoch.samples(runs) + np.repeat(self.offsets[present], counts)
 
     def _sources(self, number: int, segment: _Segment, first: int, end: int) -> np.ndarray:
         """The source at each place of the blocks `first` to `end` of a segment, uint16 [(end - first) * MIX_BLOCK]."""
-        taken = np.array([taken_of(block * MIX_BLOCK, segment.weights) for block in range(first, end + 1)], object)
-        quotas = np.diff(taken, axis=0).astype(np.int64)
-        all_sources = np.tile(np.arange(len(self.sizes), dtype=np.uint16), end - first)
-        in_quotas = np.repeat(all_sources, quotas.reshape(-1))
-        slots = np.tile(np.arange(MIX_BLOCK), end - first)
-        streams = (np.arange(first, end, dtype=np.int64) << 16) + number  # weights may change 65,536 times
+        num_blocks = end - first
+        more = np.arange(num_blocks + 1) * MIX_BLOCK
+        quotas = np.diff(np.stack(taken_along(first * MIX_BLOCK, more, segment.weights)))
+        all_sources = np.tile(np.arange(len(self.sizes), dtype=np.uint16), num_blocks)
+        in_quotas = np.repeat(all_sources, quotas.T.reshape(-1))
+        slots = np.tile(np.arange(MIX_BLOCK), num_blocks)
+        streams = words([(block << 16) + number for block in range(first, end)])  # weights may change 65,536 times
         moved = permute(slots, MIX_BLOCK, self._seed_of_blocks, np.repeat(streams, MIX_BLOCK))
-        return in_quotas[np.repeat(np.arange(end - first) * MIX_BLOCK, MIX_BLOCK) + moved]
+        moved += np.repeat(more[:-1], MIX_BLOCK)
+        return in_quotas[moved]
 
     def _taken(self, number: int, segment: _Segment, places: int) -> list[int]:
         """Draws of each source in the first `places` of a segment."""
@@ -193,3 +187,21 @@ def taken_of(places: int, weights: tuple[int, ...]) -> tuple[int, ...]:
         return (0,) * len(weights)
     to_left = (2 * places * left + total) // (2 * total)  # round half up
     return taken_of(to_left, weights[:middle]) + taken_of(places - to_left, weights[middle:])
+
+
+def taken_along(start: int, more: np.ndarray, weights: tuple[int, ...]) -> list[np.ndarray]:
+    """`taken_of(start + m) - taken_of(start)` for each m of `more` (int64, not falling): an int64 array a source."""
+    if len(weights) == 1:
+        return [more]
+    middle = len(weights) // 2
+    left, total = sum(weights[:middle]), sum(weights)
+    if total == 0:
+        return [np.zeros_like(more)] * len(weights)
+    start_left, rest = divmod(2 * start * left + total, 2 * total)
+    fits = 2 * total * (int(more[-1]) + 1) < 1 << 63
+    numbers = more if fits else more.astype(object)  # weights of 16 digits need Python's integers
+    to_left = ((numbers * (2 * left) + rest) // (2 * total)).astype(np.int64, copy=False)
+    return [
+        *taken_along(start_left, to_left, weights[:middle]),
+        *taken_along(start - start_left, more - to_left, weights[middle:]),
+    ]

@@ -2,9 +2,9 @@
 
 A source may have any of these optional members:
 
-- `make_order(global_batch, *, order, seed, block_samples, window_blocks) -> StepOrder`: it makes its own order (a
-  mixture draws from its parts). The indices of that order are the source's; it raises `UsageError` for an `order` it
-  does not know.
+- `make_order(global_batch, *, order, seed, block_samples, window_blocks, num_buckets) -> StepOrder`: it makes its own
+  order (a mixture draws from its parts). The indices of that order are the source's; it raises `UsageError` for an
+  `order` it does not know.
 - `lengths`: one whole number a sample (an array or a memory map), from which "bucketed" makes its batches; and
   `sorted_index`, where it keeps `buckets.sorted_by_length(lengths)`.
 - `expect_order(order, window_samples)`: it is told, to read ahead as far as the order needs.
@@ -14,8 +14,7 @@ from __future__ import annotations
 
 from typing import Any, Literal
 
-from turbopump.core.errors import UsageError
-from turbopump.data.buckets import NUM_BUCKETS, BucketOrder
+from turbopump.data.buckets import NUM_BUCKETS, BucketOrder, lengths_of
 from turbopump.data.order import BLOCK_SAMPLES, WINDOW_BLOCKS, Order, OrderKind, StepOrder
 
 
@@ -35,7 +34,12 @@ def source_order(
     make_order = getattr(source, "make_order", None)
     if make_order is not None:
         return make_order(
-            global_batch, order=order, seed=seed, block_samples=block_samples, window_blocks=window_blocks
+            global_batch,
+            order=order,
+            seed=seed,
+            block_samples=block_samples,
+            window_blocks=window_blocks,
+            num_buckets=num_buckets,
         )
     if order != "bucketed":
         return Order(
@@ -46,17 +50,8 @@ def source_order(
             block_samples=block_samples,
             window_blocks=window_blocks,
         )
-    lengths = getattr(source, "lengths", None)
-    if lengths is None:
-        name = getattr(source, "name", type(source).__name__)
-        raise UsageError(
-            f'loader.order = "bucketed" needs a table of lengths, and {name} has none: use "shuffle", "blocks" or '
-            f'"sequential"'
-        )
-    if len(lengths) != len(source):
-        raise UsageError(f"{len(lengths)} lengths for {len(source)} samples: the source's `lengths` must have one each")
     return BucketOrder(
-        lengths,
+        lengths_of(source),
         global_batch,
         seed=seed,
         num_buckets=num_buckets,
