@@ -58,9 +58,10 @@ struct Result {
     int64_t status, place, shard, block;
 };
 
-struct Quick { // a store, and the bytes of its rows or numbers
+struct Quick { // a store, the bytes of its rows or numbers, and the values that it holds the offsets of, if it does
     const Store* store;
     int64_t row_bytes;
+    const Store* values;
 };
 
 // ---- copies ----------------------------------------------------------------------------------------------------------
@@ -390,22 +391,36 @@ void ragged(const Store* o, const Store* v, int64_t n, const int64_t* index, int
 
 constexpr int kSimple = 0, kWritable = 1;
 
+// An array as Python hands it over; `failed` (with Python's error set) where it is no contiguous buffer.
+struct Array {
+    Buffer buffer;
+    bool failed;
+
+    Array(PyObject* object, int flags) : failed(PyObject_GetBuffer(object, &buffer, flags) != 0) {}
+    ~Array() {
+        if (!failed) PyBuffer_Release(&buffer);
+    }
+    template <typename T> T* data() const { return (T*)buffer.data; }
+    int64_t bytes() const { return buffer.bytes; }
+};
+
+template <typename Work> void without_gil(Work work) {
+    void* thread = PyEval_SaveThread();
+    work();
+    PyEval_RestoreThread(thread);
+}
+
 // `work(indices, count, out)` without the GIL on an array of int64 and on memory of at least `out_bytes(count)`. Returns
 // 0; 1 with Python's error set where one is no contiguous buffer; 2 where `out` is too small.
 template <typename Room, typename Work> int64_t with_buffers(PyObject* index, PyObject* out, Room out_bytes, Work work) {
-    Buffer ids, to;
-    if (PyObject_GetBuffer(index, &ids, kSimple)) return 1;
-    if (PyObject_GetBuffer(out, &to, kWritable)) return PyBuffer_Release(&ids), 1;
-    const int64_t count = ids.bytes / 8;
-    const bool fits = out_bytes(count) <= (int64_t)to.bytes;
-    if (fits) {
-        void* thread = PyEval_SaveThread();
-        work((const int64_t*)ids.data, count, (uint8_t*)to.data);
-        PyEval_RestoreThread(thread);
-    }
-    PyBuffer_Release(&to);
-    PyBuffer_Release(&ids);
-    return fits ? 0 : 2;
+    const Array ids(index, kSimple);
+    if (ids.failed) return 1;
+    const Array to(out, kWritable);
+    if (to.failed) return 1;
+    const int64_t count = ids.bytes() / 8;
+    if (out_bytes(count) > to.bytes()) return 2;
+    without_gil([&] { work(ids.data<const int64_t>(), count, to.data<uint8_t>()); });
+    return 0;
 }
 
 } // namespace
@@ -452,9 +467,22 @@ int64_t tp_quick_windows(const Quick* q, int64_t items, int64_t wide, PyObject* 
     return failed | r.status;
 }
 
+// Rows of different lengths (see `ragged`), and the same in the quick way.
 void tp_ragged(const Store* o, const Store* v, int64_t n, const int64_t* index, int64_t item_bytes, int64_t ask,
                int64_t* out_offsets, uint8_t* out, int64_t capacity, Result* r) {
     ragged(o, v, n, index, item_bytes, ask, out_offsets, out, capacity, r);
+}
+
+int64_t tp_quick_ragged(const Quick* q, PyObject* index, PyObject* out_offsets, PyObject* out) {
+    const Array ids(index, kSimple), offsets(out_offsets, kWritable), to(out, kWritable);
+    if (ids.failed || offsets.failed || to.failed) return PyErr_Clear(), 1;
+    if (offsets.bytes() < ids.bytes() + 8) return 2;
+    Result r;
+    without_gil([&] {
+        ragged(q->store, q->values, ids.bytes() / 8, ids.data<const int64_t>(), q->row_bytes, 1, offsets.data<int64_t>(),
+               to.data<uint8_t>(), to.bytes() / q->row_bytes, &r);
+    });
+    return r.status;
 }
 
 // Ranges that a reader has fetched: range i lies at `at[i]`, begins with block `first[i]` of shard `shard[i]`, and holds
