@@ -1,9 +1,9 @@
 // Batches of records out of mapped shards: find, check on first read, copy. The Python reference is gather.py.
 //
 // Every entry point works on a whole batch without the GIL. What makes the rate (measured, 2 cores AMD Zen; docs/log.md):
-// the start of a later record is prefetched while one is copied; no memcpy where source and destination differ by 1 to
-// 31 bytes in their page, which is up to five times slower; a block of values is hashed once, when it is first read, and
-// remembered in one bit. A file that is cut short under its map (SIGBUS) is an error code, not the end of the process.
+// all of a group of records are found before one is copied, and prefetched ahead of it; memcpy only where source and
+// destination lie alike in their lines, since it is up to five times slower elsewhere; a block of values is hashed once,
+// when it is first read, and remembered in one bit. A file cut short under its map (SIGBUS) is an error code.
 
 #include <csetjmp>
 #include <csignal>
@@ -69,7 +69,7 @@ struct Quick { // a store, the bytes of its rows or numbers, and the values that
 typedef uint8_t Half __attribute__((vector_size(32), aligned(1), may_alias));
 typedef uint8_t Quarter __attribute__((vector_size(16), aligned(1), may_alias));
 
-constexpr int64_t kLong = 4096; // from here on memcpy is 1.08 times as fast, but for the phases where it is a trap
+constexpr int64_t kLong = 4096; // from here on memcpy is 1.08 times as fast where lines are alike, else 0.8 or much less
 
 __attribute__((always_inline)) inline void copy(uint8_t* to, const uint8_t* from, int64_t n) {
     if (n >= 64 && n <= 128) { // no loop: its ends overlap
@@ -79,8 +79,7 @@ __attribute__((always_inline)) inline void copy(uint8_t* to, const uint8_t* from
         return;
     }
     if (n >= kLong) {
-        const uintptr_t phase = ((uintptr_t)to - (uintptr_t)from) & 4095;
-        if (phase % 64 == 0) {
+        if (((uintptr_t)to - (uintptr_t)from) % 64 == 0) {
             std::memcpy(to, from, (size_t)n);
             return;
         }
