@@ -103,6 +103,8 @@ def warm_row(name: str, found: data_warm.Warm) -> Row:
         "first epoch": found.first_epoch, "us a batch": 1e6 * found.fixed.our_batch_s,
         "bound's us": 1e6 * found.fixed.best_batch_s,
     }  # fmt: skip
+    if found.variable.by_offsets is not None:
+        beside["of a gather that reads offsets"] = found.variable.by_offsets
     if found.wide is not None:
         beside["windows as int64"] = found.wide.ratio.value
     return _row(f"data.warm_{name}", found.fixed.ratio, bound=1.0, peers=beside)

@@ -77,3 +77,19 @@ extern "C" int gather_batches(int copy, const uint8_t *values, const int64_t *st
     }
     return 0;
 }
+
+// The same for records whose places are not known beforehand: their two offsets are read first, all of a batch, then the
+// values are copied as by kVectorPrefetch. To a reused destination.
+extern "C" void gather_by_offsets(const uint8_t *values, const int64_t *offsets, const int64_t *ids, int64_t batches,
+                                  int64_t batch, int64_t *starts, int64_t *lengths, uint8_t *to) {
+    constexpr int64_t kOffsetsAhead = 24;
+    for (int64_t b = 0; b < batches; ++b, ids += batch) {
+        for (int64_t i = 0; i < kOffsetsAhead && i < batch; ++i) __builtin_prefetch(offsets + ids[i]);
+        for (int64_t i = 0; i < batch; ++i) {
+            if (i + kOffsetsAhead < batch) __builtin_prefetch(offsets + ids[i + kOffsetsAhead]);
+            starts[i] = offsets[ids[i]];
+            lengths[i] = offsets[ids[i] + 1] - starts[i];
+        }
+        gather<kVectorPrefetch>(values, starts, lengths, batch, to);
+    }
+}

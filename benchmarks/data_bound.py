@@ -53,6 +53,7 @@ class Bound:
     destination: np.ndarray
     num_bytes: int  # that one call copies
     phase: Phase
+    by_offsets: Callable[[], None] | None = None  # records of different lengths: a gather that reads the offsets too
 
 
 def bound(records: Records, batches: np.ndarray, *, destination_offset: int = DESTINATION_OFFSET) -> Bound:
@@ -68,7 +69,8 @@ def bound(records: Records, batches: np.ndarray, *, destination_offset: int = DE
     for copy, name in enumerate(COPIES):
         gathers[f"{name}, reused"] = _gather(copy, arrays, destination.ctypes.data, destination_offset)
         gathers[f"{name}, fresh"] = _gather(copy, arrays, None, destination_offset)
-    return Bound(gathers, destination, int(lengths.sum()), _phase(values, starts, lengths, destination))
+    by_offsets = _by_offsets(*records, batches, destination) if isinstance(records, tuple) else None
+    return Bound(gathers, destination, int(lengths.sum()), _phase(values, starts, lengths, destination), by_offsets)
 
 
 def page_aligned(size: int, offset: int) -> np.ndarray:
@@ -115,6 +117,26 @@ def _gather(copy: int, arrays: tuple[np.ndarray, ...], to: int | None, offset: i
     return gather
 
 
+def _by_offsets(values: np.ndarray, offsets: np.ndarray, batches: np.ndarray, to: np.ndarray) -> Callable[[], None]:
+    run = _library().gather_by_offsets
+    offsets, ids = np.ascontiguousarray(offsets, np.int64), np.ascontiguousarray(batches, np.int64)
+    places = np.empty((2, ids.shape[1]), np.int64)
+    arrays = (values, offsets, ids, places, to)
+    given = (
+        values.ctypes.data,
+        offsets.ctypes.data,
+        ids.ctypes.data,
+        *ids.shape,
+        *(p.ctypes.data for p in places),
+        to.ctypes.data,
+    )
+
+    def gather(_alive: tuple[np.ndarray, ...] = arrays) -> None:
+        run(*given)
+
+    return gather
+
+
 def _phase(values: np.ndarray, starts: np.ndarray, lengths: np.ndarray, destination: np.ndarray) -> Phase:
     placed = np.cumsum(lengths, axis=1) - lengths + destination.ctypes.data
     phases = (placed - starts - values.ctypes.data) % PAGE
@@ -139,4 +161,6 @@ def _library() -> ctypes.CDLL:
     pointer, size = ctypes.c_void_p, ctypes.c_int64
     library.gather_batches.argtypes = [ctypes.c_int, pointer, pointer, pointer, size, size, pointer, size, size]
     library.gather_batches.restype = ctypes.c_int
+    library.gather_by_offsets.argtypes = [pointer, pointer, pointer, size, size, pointer, pointer, pointer]
+    library.gather_by_offsets.restype = None
     return library

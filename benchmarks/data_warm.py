@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -22,6 +22,7 @@ from benchmarks.data_own import (
     all_of,
     check_all,
     note,
+    opened,
     packed,
     packed_tokens,
     rows_reader,
@@ -32,7 +33,7 @@ from benchmarks.harness import Ratio, alternating_blocks, ratio_with_interval
 from turbopump.data.ragged import Ragged
 from turbopump.data.reading import SplitData
 
-OURS = "ours"
+OURS, BY_OFFSETS = "ours", "by offsets"
 
 
 @dataclass(frozen=True)
@@ -57,13 +58,15 @@ TOKENS = "2KB"  # the size that stands for windows of tokens
 
 @dataclass(frozen=True)
 class Share:
-    """Ours as a fraction of the best gather. `fresh`: of the best gather into fresh buffers."""
+    """Ours as a fraction of the best gather. `fresh`: of the best gather into fresh buffers; `by_offsets`: of one that
+    reads the offsets of records of different lengths too, as a reader must."""
 
     ratio: Ratio
     best: str
     fresh: float
     our_batch_s: float
     best_batch_s: float
+    by_offsets: float | None = None
 
 
 @dataclass(frozen=True)
@@ -85,7 +88,7 @@ def measure_warm(name: str, scratch: Path, quick: bool) -> Warm:
     raw = write_raw(scratch / f"raw-{name}", size.record_bytes, count)
     tokens = name == TOKENS
     data = (packed_tokens if tokens else packed)(raw, scratch / f"own-{name}")
-    first_epoch = _first_epoch(raw, data, tokens)
+    first_epoch = _first_epoch(raw, data, scratch / f"own-{name}", tokens)
     check_all(data)
     wide = None
     if tokens:
@@ -115,16 +118,19 @@ def _bound_of_windows(raw: Raw, starts: np.ndarray, items: int) -> Bound:
     begins = starts.reshape(-1) * TOKEN.itemsize
     pairs = np.stack([begins, begins + items * TOKEN.itemsize], axis=1).reshape(-1)
     records: Records = (raw.values, pairs)
-    return bound(records, 2 * np.arange(starts.size).reshape(starts.shape))
+    return replace(bound(records, 2 * np.arange(starts.size).reshape(starts.shape)), by_offsets=None)
 
 
 def _share(what: str, read: Read, batches: np.ndarray, limit: Bound, blocks: int) -> Share:
     _check(what, read(batches[-1]), limit)
     contestants: dict[str, Callable[[], object]] = {OURS: all_of(read, batches), **limit.gathers}
+    if limit.by_offsets is not None:
+        contestants[BY_OFFSETS] = limit.by_offsets
     share = share_of(alternating_blocks(contestants, blocks=blocks), len(batches))
+    beside = f", {share.by_offsets:.2f} of one that reads offsets" if share.by_offsets is not None else ""
     note(
         f"  {what}: {share.ratio.value:.2f} [{share.ratio.low:.2f}, {share.ratio.high:.2f}] of {share.best} "
-        f"({share.fresh:.2f} of one into fresh buffers); a batch {1e6 * share.our_batch_s:.1f} us, bound "
+        f"({share.fresh:.2f} of one into fresh buffers{beside}); a batch {1e6 * share.our_batch_s:.1f} us, bound "
         f"{1e6 * share.best_batch_s:.1f} us; bound {limit.phase}, ours begin on a page"
     )
     return share
@@ -133,19 +139,21 @@ def _share(what: str, read: Read, batches: np.ndarray, limit: Bound, blocks: int
 def share_of(times: dict[str, list[float]], batches: int) -> Share:
     """The best gather is the one with the least median, whatever its buffers."""
     medians = {name: float(np.median(seconds)) for name, seconds in times.items()}
-    gathers = [name for name in times if name != OURS]
+    gathers = [name for name in times if name not in (OURS, BY_OFFSETS)]
     best = min(gathers, key=lambda name: medians[name])
     fresh = min((name for name in gathers if "fresh" in name), key=lambda name: medians[name])
     return Share(
         ratio_with_interval(times[best], times[OURS]), best, ratio_with_interval(times[fresh], times[OURS]).value,
         medians[OURS] / batches, medians[best] / batches,
+        ratio_with_interval(times[BY_OFFSETS], times[OURS]).value if BY_OFFSETS in times else None,
     )  # fmt: skip
 
 
 def _check(what: str, found: np.ndarray | Ragged, limit: Bound) -> None:
     """Ours and the bound read the same bytes."""
-    for gather in limit.gathers.values():
-        gather()
+    for gather in (*limit.gathers.values(), limit.by_offsets):
+        if gather is not None:
+            gather()
     values = np.ascontiguousarray(found.values if isinstance(found, Ragged) else found)
     if values.dtype == np.int64:
         values = values.astype(TOKEN)
@@ -154,7 +162,7 @@ def _check(what: str, found: np.ndarray | Ragged, limit: Bound) -> None:
         raise AssertionError(f"{what}: ours and the compiled gather read different bytes")
 
 
-def _first_epoch(raw: Raw, data: SplitData, tokens: bool) -> float:
+def _first_epoch(raw: Raw, data: SplitData, path: Path, tokens: bool) -> float:
     """The share of the bound in an epoch that maps, checks and reads every block for the first time."""
     ids = np.random.default_rng(2).permutation(raw.count)[: raw.count // BATCH * BATCH].reshape(-1, BATCH)
     items = raw.record_bytes // TOKEN.itemsize
@@ -163,6 +171,13 @@ def _first_epoch(raw: Raw, data: SplitData, tokens: bool) -> float:
     run()
     ours = time.thread_time() - begin
     times = alternating_blocks(bound(_matrix(raw), ids).gathers, blocks=2)
-    share = min(map(min, times.values())) / ours
-    note(f"  first epoch, every block mapped and hashed: {share:.2f} of the bound")
+    best = min(map(min, times.values()))
+    begin = time.thread_time()
+    check_all(opened(path))
+    apart = best + time.thread_time() - begin
+    share = best / ours
+    note(
+        f"  first epoch, every block mapped and hashed: {share:.2f} of the bound, {apart / ours:.2f} of the bound and "
+        "a check of all blocks in order before it"
+    )
     return share

@@ -19,6 +19,7 @@ from turbopump.data.gather import Compiled, Fetched, Reference, Result, Store, a
 from turbopump.data.ragged import offsets_of
 
 BLOCK_BYTES = 64
+MANY = 600  # rows: more than two groups of gather.cpp
 FAR = [2**63 - 1, -(2**63), 2**62]
 
 
@@ -76,7 +77,7 @@ shards = st.lists(st.integers(1, 70), min_size=1, max_size=6)
 def test_rows(compiled, rows, row_bytes, seed, wrong):
     random = np.random.default_rng(seed)
     parts = [random.integers(0, 256, n * row_bytes, dtype=np.uint8) for n in rows]
-    index = np.append(random.integers(0, sum(rows), random.integers(0, 60)), np.array(wrong, np.int64))
+    index = np.append(random.integers(0, sum(rows), random.integers(0, MANY)), np.array(wrong, np.int64))
     random.shuffle(index)
     out = np.zeros((len(index), row_bytes), np.uint8)
     found = both(
@@ -98,7 +99,7 @@ def test_windows_over_shards(compiled, rows, dtype, wide, seed, items, wrong):
     bounds = offsets_of(rows)
     parts = [values[a:b].view(np.uint8) for a, b in pairwise(bounds)]
     fits = sum(rows) >= items
-    start = random.integers(0, max(sum(rows) - items, 0) + 1, 20)
+    start = random.integers(0, max(sum(rows) - items, 0) + 1, random.integers(1, MANY))
     start = np.append(start, np.array(wrong, np.int64))
     widening = {"u": gather.FROM_UNSIGNED, "i": gather.FROM_SIGNED}.get(dtype[0], 0) if wide else gather.AS_STORED
     out = np.zeros((len(start), items), np.int64 if widening else dtype)
@@ -123,11 +124,11 @@ def ragged_parts(random, rows, item_bytes):
 
 
 @settings(max_examples=150, deadline=None)
-@given(shards, st.sampled_from([1, 4, 16, 24]), st.integers(0, 2**32 - 1), st.integers(0, 300))
+@given(shards, st.sampled_from([1, 4, 16, 24]), st.integers(0, 2**32 - 1), st.integers(0, 8000))
 def test_ragged_rows_and_too_little_room(compiled, rows, item_bytes, seed, room):
     random = np.random.default_rng(seed)
     offsets, values = ragged_parts(random, rows, item_bytes)
-    index = random.integers(0, sum(rows), random.integers(0, 40))
+    index = random.integers(0, sum(rows), random.integers(0, MANY))
     lengths = np.concatenate([np.diff(o) for o in offsets])[index]
     texts = [v[o[i] * item_bytes : o[i + 1] * item_bytes] for o, v in zip(offsets, values) for i in range(len(o) - 1)]
     out = np.zeros(room * item_bytes, np.uint8)
@@ -148,6 +149,28 @@ def test_ragged_rows_and_too_little_room(compiled, rows, item_bytes, seed, room)
         assert np.array_equal(tables[0], offsets_of(lengths))
         expected = b"".join(texts[i].tobytes() for i in index)
         assert found[0][1].tobytes()[: len(expected)] == expected
+
+
+@settings(max_examples=60, deadline=None)
+@given(shards, st.sampled_from([1, 4, 24]), st.integers(0, 2**32 - 1), st.integers(0, 8000), st.integers(-2, 2))
+def test_ragged_rows_the_quick_way_or_a_refusal(compiled, rows, item_bytes, seed, room, spare):
+    random = np.random.default_rng(seed)
+    offsets, values = ragged_parts(random, rows, item_bytes)
+    stores = store_of([o.view(np.uint8) for o in offsets], rows), store_of(values, rows)
+    index = random.integers(0, sum(rows), random.integers(0, MANY))
+    tables = np.full((2, len(index) + 3), -1)
+    outs, result = np.zeros((2, room * item_bytes), np.uint8), Result()
+    refused = compiled.quick_ragged(*stores, item_bytes)(index, tables[0, : max(len(index) + 1 + spare, 0)], outs[0])
+    Reference().ragged(*stores, index, item_bytes, True, tables[1], outs[1], result)
+    assert bool(refused) == (spare < 0 or result.status == gather.TOO_SMALL)
+    assert (tables[0, len(index) + 1 :] == -1).all()
+    if not refused:
+        total = int(tables[1, len(index)]) * item_bytes
+        assert np.array_equal(tables[0], tables[1]) and np.array_equal(outs[0, :total], outs[1, :total])
+        assert not outs[0, total:].any()
+    far = np.array(FAR)
+    assert compiled.quick_ragged(*stores, item_bytes)(far, np.zeros(4, np.int64), outs[0]) == gather.OUT_OF_RANGE
+    assert compiled.quick_ragged(*stores, item_bytes)(index, tables[0][::2], outs[0])  # no contiguous memory
 
 
 @pytest.mark.parametrize("pair", [(5, 3), (-1, 2), (0, 10**6), (2**62, 2**63 - 1), (-(2**63), 2**63 - 1)])

@@ -1,9 +1,9 @@
 // Batches of records out of mapped shards: find, check on first read, copy. The Python reference is gather.py.
 //
 // Every entry point works on a whole batch without the GIL. What makes the rate (measured, 2 cores AMD Zen; docs/log.md):
-// the start of a later record is prefetched while one is copied; no memcpy where source and destination differ by 1 to
-// 31 bytes in their page, which is up to five times slower; a block of values is hashed once, when it is first read, and
-// remembered in one bit. A file that is cut short under its map (SIGBUS) is an error code, not the end of the process.
+// all of a group of records are found before one is copied, and prefetched ahead of it; memcpy only where source and
+// destination lie alike in their lines, since it is up to five times slower elsewhere; a block of values is hashed once,
+// when it is first read, and remembered in one bit. A file cut short under its map (SIGBUS) is an error code.
 
 #include <csetjmp>
 #include <csignal>
@@ -58,9 +58,10 @@ struct Result {
     int64_t status, place, shard, block;
 };
 
-struct Quick { // a store, and the bytes of its rows or numbers
+struct Quick { // a store, the bytes of its rows or numbers, and the values that it holds the offsets of, if it does
     const Store* store;
     int64_t row_bytes;
+    const Store* values;
 };
 
 // ---- copies ----------------------------------------------------------------------------------------------------------
@@ -68,7 +69,7 @@ struct Quick { // a store, and the bytes of its rows or numbers
 typedef uint8_t Half __attribute__((vector_size(32), aligned(1), may_alias));
 typedef uint8_t Quarter __attribute__((vector_size(16), aligned(1), may_alias));
 
-constexpr int64_t kLong = 4096; // from here on memcpy is 1.08 times as fast, but for the phases where it is a trap
+constexpr int64_t kLong = 4096; // from here on memcpy is 1.08 times as fast where lines are alike, else 0.8 or much less
 
 __attribute__((always_inline)) inline void copy(uint8_t* to, const uint8_t* from, int64_t n) {
     if (n >= 64 && n <= 128) { // no loop: its ends overlap
@@ -78,8 +79,7 @@ __attribute__((always_inline)) inline void copy(uint8_t* to, const uint8_t* from
         return;
     }
     if (n >= kLong) {
-        const uintptr_t phase = ((uintptr_t)to - (uintptr_t)from) & 4095;
-        if (phase == 0 || phase > 31) {
+        if (((uintptr_t)to - (uintptr_t)from) % 64 == 0) {
             std::memcpy(to, from, (size_t)n);
             return;
         }
@@ -149,11 +149,14 @@ void on_bus_error(int number, siginfo_t* info, void* context) {
     }
 }
 
+// Out of line: beside a `sigsetjmp` the compiler keeps nothing in registers.
+template <typename Work> __attribute__((noinline)) void apart(Work work) { work(); }
+
 template <typename Work> void guarded(Result* result, Work work) {
     sigjmp_buf here;
     landing = &here;
     if (sigsetjmp(here, 0) == 0) {
-        work();
+        apart(work);
     } else {
         result->status = kCutShort; // place and shard were noted before the bytes were touched
     }
@@ -171,7 +174,11 @@ inline int64_t shard_of(const Store* s, int64_t row, double per_row) {
     return shard;
 }
 
-inline double shards_per_row(const Store* s) { return (double)s->shards / (double)(s->bounds[s->shards] ? s->bounds[s->shards] : 1); }
+// Of all shards but the last, which is shorter: a guess that is wrong for every tenth row costs 5 % at 100 bytes.
+inline double shards_per_row(const Store* s) {
+    const int64_t full = s->shards - 1;
+    return full > 0 && s->bounds[full] ? (double)full / (double)s->bounds[full] : 0;
+}
 
 inline bool is_known(const Store* s, int64_t shard, int64_t block) {
     return (__atomic_load_n(&s->known[shard][block >> 6], __ATOMIC_RELAXED) >> (block & 63)) & 1;
@@ -202,7 +209,21 @@ bool check(const Store* s, int64_t shard, int64_t begin, int64_t end, Result* r)
     return true;
 }
 
-void hint(const Store* s, int64_t shard, int64_t begin, int64_t end) {
+inline bool all_known(const Store* s) { return __atomic_load_n(s->unsure, __ATOMIC_RELAXED) == 0; }
+
+// Bytes of a buffer, all in one shard.
+struct Span {
+    const uint8_t* from;
+    int64_t bytes, shard;
+};
+
+bool check(const Store* s, const Span& span, Result* r) {
+    const int64_t begin = span.from - s->base[span.shard];
+    return check(s, span.shard, begin, begin + span.bytes, r);
+}
+
+void hint(const Store* s, const Span& span) {
+    const int64_t shard = span.shard, begin = span.from - s->base[shard], end = begin + span.bytes;
     if (__atomic_load_n(&s->unknown[shard], __ATOMIC_RELAXED) == 0 || begin == end) return;
     const int64_t first = begin / s->block_bytes, last = (end - 1) / s->block_bytes;
     if (is_known(s, shard, first) && is_known(s, shard, last)) return; // nearly always: all between, too
@@ -213,104 +234,78 @@ void hint(const Store* s, int64_t shard, int64_t begin, int64_t end) {
 
 inline void prefetch(const uint8_t* p, int64_t n) {
     __builtin_prefetch(p);
-    if (n > 64) __builtin_prefetch(p + 64);
-}
-
-struct Span {
-    int64_t shard, begin, bytes;
-};
-
-// Copies n spans, found by `find(i, span)`, each to where `to(i)` says; false with a Result where one cannot be.
-template <typename Find, typename Put> bool copy_spans(const Store* s, int64_t n, Result* r, Find find, Put put) {
-    Span ring[kAhead];
-    for (int64_t i = 0; i < n + kAhead; ++i) {
-        if (i >= kAhead) {
-            const Span& span = ring[i % kAhead];
-            r->place = i - kAhead;
-            r->shard = span.shard;
-            if (!check(s, span.shard, span.begin, span.begin + span.bytes, r)) return false;
-            if (!put(i - kAhead, s->base[span.shard] + span.begin)) return false;
-        }
-        if (i < n) {
-            Span& span = ring[i % kAhead];
-            if (!find(i, span)) return false;
-            if (s->base[span.shard] == nullptr) return fail(r, kUnmapped, i, span.shard, 0);
-            prefetch(s->base[span.shard] + span.begin, span.bytes);
-        }
-    }
-    return true;
+    __builtin_prefetch(p + (n > 64 ? 64 : 0)); // no branch: lengths may be at random
 }
 
 // Where pages may be cold: ask for all of them before the first is touched.
-template <typename Find> bool ask_for(const Store* s, int64_t n, Result* r, Find find) {
+template <typename Find> bool ask_for(const Store* s, int64_t n, Find find) {
     bool any = false;
     for (int64_t shard = 0; shard < s->shards && !any; ++shard) any = s->hints[shard] && s->unknown[shard];
     for (int64_t i = 0; any && i < n; ++i) {
         Span span;
         if (!find(i, span)) return false;
-        if (s->base[span.shard] == nullptr) return fail(r, kUnmapped, i, span.shard, 0);
-        if (s->hints[span.shard]) hint(s, span.shard, span.begin, span.begin + span.bytes);
+        if (s->hints[span.shard]) hint(s, span);
     }
     return true;
 }
 
-// `copy_spans` where everything is mapped and known to be good: `begin(i)` is the row that span i of `bytes` begins with,
-// or less than 0 where it is out of range; `put` gets where it lies, and its shard. Places are found for a few dozen
-// spans at once, before any is copied, and prefetched `ahead` of their copy.
-template <typename Begin, typename Put>
-void copy_known(const Store* s, int64_t n, int64_t row_bytes, int64_t bytes, Result* r, Begin begin, Put put) {
-    constexpr int64_t kChunk = 64;
-    const double per_row = shards_per_row(s);
-    const int64_t ahead = bytes <= 512 ? 24 : kAhead;
-    const uint8_t* from[2 * kChunk];
-    int32_t shards[2 * kChunk];
-    auto look = [&](int64_t first) {
-        const int64_t stop = first + kChunk < n ? first + kChunk : n;
-        for (int64_t i = first; i < stop; ++i) {
-            const int64_t row = begin(i);
-            if (row < 0) return fail(r, kOutOfRange, i, 0, 0);
-            const int64_t shard = shard_of(s, row, per_row);
-            from[i % (2 * kChunk)] = s->base[shard] + (row - s->bounds[shard]) * row_bytes;
-            shards[i % (2 * kChunk)] = (int32_t)shard;
-        }
+// Records are copied in groups: all of a group are found before the first of it is touched.
+constexpr int64_t kGroup = 256;
+
+// Where rows of `row_bytes` lie.
+struct Finder {
+    const Store* s;
+    int64_t row_bytes, rows;
+    double per_row;
+
+    Finder(const Store* s, int64_t row_bytes)
+        : s(s), row_bytes(row_bytes), rows(s->bounds[s->shards]), per_row(shards_per_row(s)) {}
+
+    // Up to `count` rows from `row` on, as many as are in its shard; false with a Result where they are not there.
+    bool operator()(int64_t place, int64_t row, int64_t count, Span& span, Result* r) const {
+        if (row < 0 || row >= rows || count > rows - row) return fail(r, kOutOfRange, place, 0, 0);
+        const int64_t shard = shard_of(s, row, per_row), left = s->bounds[shard + 1] - row;
+        if (__builtin_expect(s->base[shard] == nullptr, 0)) return fail(r, kUnmapped, place, shard, 0);
+        span = {s->base[shard] + (row - s->bounds[shard]) * row_bytes, (left < count ? left : count) * row_bytes, shard};
         return true;
-    };
-    if (!look(0)) return;
-    for (int64_t i = 0; i < ahead && i < n; ++i) prefetch(from[i], bytes);
+    }
+};
+
+// Copies the spans of a group by `put(place, span)`, each prefetched some spans ahead, and checked if need be.
+template <typename Put>
+bool copy_group(const Store* s, int64_t first, int64_t n, const Span* spans, bool known, Result* r, Put put) {
+    const int64_t ahead = n && spans[0].bytes <= 512 ? 24 : kAhead;
+    for (int64_t i = 0; i < ahead && i < n; ++i) prefetch(spans[i].from, spans[i].bytes);
     for (int64_t i = 0; i < n; ++i) {
-        if (i % kChunk == 0 && i + kChunk < n && !look(i + kChunk)) return;
-        if (i + ahead < n) prefetch(from[(i + ahead) % (2 * kChunk)], bytes);
-        r->place = i; // where a bus error would be
-        r->shard = shards[i % (2 * kChunk)];
-        put(i, from[i % (2 * kChunk)], r->shard);
+        if (i + ahead < n) prefetch(spans[i + ahead].from, spans[i + ahead].bytes);
+        r->place = first + i; // where a bus error would be
+        r->shard = spans[i].shard;
+        if (!known && !check(s, spans[i], r)) return false;
+        if (!put(first + i, spans[i])) return false;
+    }
+    return true;
+}
+
+// Copies n spans, found by `find(i, span)`.
+template <typename Find, typename Put> void copy_spans(const Store* s, int64_t n, int64_t ask, Result* r, Find find, Put put) {
+    const bool known = all_known(s);
+    if (ask && !known && !ask_for(s, n, find)) return;
+    Span spans[kGroup];
+    for (int64_t first = 0; first < n; first += kGroup) {
+        const int64_t count = n - first < kGroup ? n - first : kGroup;
+        for (int64_t i = 0; i < count; ++i)
+            if (!find(first + i, spans[i])) return;
+        if (!copy_group(s, first, count, spans, known, r, put)) return;
     }
 }
 
-inline bool all_known(const Store* s) { return __atomic_load_n(s->unsure, __ATOMIC_RELAXED) == 0; }
-
 void rows(const Store* s, int64_t n, const int64_t* index, int64_t row_bytes, int64_t ask, uint8_t* out, Result* r) {
     r->status = kOk;
-    const double per_row = shards_per_row(s);
-    const int64_t rows = s->bounds[s->shards];
-    guarded(r, [&] {
-        if (all_known(s)) {
-            auto begin = [&](int64_t i) { return index[i] < rows ? index[i] : -1; };
-            copy_known(s, n, row_bytes, row_bytes, r, begin, [&](int64_t i, const uint8_t* from, int64_t) {
-                copy(out + i * row_bytes, from, row_bytes);
-            });
-            return;
-        }
-        auto find = [&](int64_t i, Span& span) {
-            const int64_t row = index[i];
-            if (row < 0 || row >= rows) return fail(r, kOutOfRange, i, 0, 0);
-            span.shard = shard_of(s, row, per_row);
-            span.begin = (row - s->bounds[span.shard]) * row_bytes;
-            span.bytes = row_bytes;
-            return true;
-        };
-        if (ask && !ask_for(s, n, r, find)) return;
-        copy_spans(s, n, r, find, [&](int64_t i, const uint8_t* from) {
-            copy(out + i * row_bytes, from, row_bytes);
+    const Finder finder(s, row_bytes);
+    guarded(r, [=] {
+        auto find = [=](int64_t i, Span& span) { return finder(i, index[i], 1, span, r); };
+        copy_spans(s, n, ask, r, find, [=](int64_t i, const Span& span) {
+            copy(out + i * row_bytes, span.from, row_bytes);
             return true;
         });
     });
@@ -320,72 +315,111 @@ void rows(const Store* s, int64_t n, const int64_t* index, int64_t row_bytes, in
 void windows(const Store* s, int64_t n, const int64_t* start, int64_t items, int64_t item_bytes, int64_t wide,
              int64_t ask, uint8_t* out, Result* r) {
     r->status = kOk;
-    const double per_row = shards_per_row(s);
-    const int64_t rows = s->bounds[s->shards], out_bytes = items * (wide ? 8 : item_bytes);
-    guarded(r, [&] {
-        if (all_known(s)) {
-            auto begin = [&](int64_t i) { return start[i] <= rows - items ? start[i] : -1; };
-            copy_known(s, n, item_bytes, items * item_bytes, r, begin, [&](int64_t i, const uint8_t* from, int64_t shard) {
-                uint8_t* to = out + i * out_bytes;
-                for (int64_t row = start[i], left = items; left; from = s->base[++shard]) {
-                    const int64_t there = s->bounds[shard + 1] - row, take = there < left ? there : left;
-                    to += copy_items(to, from, take, item_bytes, wide);
-                    row += take, left -= take;
-                    if (!left) break;
-                }
-            });
-            return;
-        }
-        auto find = [&](int64_t i, Span& span) {
-            const int64_t row = start[i];
-            if (row < 0 || row >= rows || items > rows - row) return fail(r, kOutOfRange, i, 0, 0);
-            span.shard = shard_of(s, row, per_row);
-            const int64_t left = s->bounds[span.shard + 1] - row;
-            span.begin = (row - s->bounds[span.shard]) * item_bytes;
-            span.bytes = (left < items ? left : items) * item_bytes;
-            return true;
-        };
-        if (ask && !ask_for(s, n, r, find)) return;
-        copy_spans(s, n, r, find, [&](int64_t i, const uint8_t* from) {
+    const Finder finder(s, item_bytes);
+    const int64_t out_bytes = items * (wide ? 8 : item_bytes);
+    guarded(r, [=] {
+        auto find = [=](int64_t i, Span& span) { return finder(i, start[i], items, span, r); };
+        copy_spans(s, n, ask, r, find, [=](int64_t i, Span span) {
             uint8_t* to = out + i * out_bytes;
-            int64_t shard = r->shard, done = s->bounds[shard + 1] - start[i];
-            if (done >= items) {
-                copy_items(to, from, items, item_bytes, wide);
-                return true;
-            }
-            to += copy_items(to, from, done, item_bytes, wide);
-            while (done < items) {
-                r->shard = ++shard;
-                const int64_t size = s->bounds[shard + 1] - s->bounds[shard], left = items - done;
-                const int64_t take = size < left ? size : left;
+            to += copy_items(to, span.from, span.bytes / item_bytes, item_bytes, wide);
+            for (int64_t left = items * item_bytes - span.bytes; left; left -= span.bytes) { // over the shards that follow
+                const int64_t shard = r->shard = span.shard + 1;
                 if (s->base[shard] == nullptr) return fail(r, kUnmapped, i, shard, 0);
-                if (!check(s, shard, 0, take * item_bytes, r)) return false;
-                to += copy_items(to, s->base[shard], take, item_bytes, wide);
-                done += take;
+                const int64_t size = (s->bounds[shard + 1] - s->bounds[shard]) * item_bytes;
+                span = {s->base[shard], size < left ? size : left, shard};
+                if (!check(s, span, r)) return false;
+                to += copy_items(to, span.from, span.bytes / item_bytes, item_bytes, wide);
             }
             return true;
         });
     });
 }
 
+// Rows of different lengths: `out_offsets` int64 [n + 1] in elements of `item_bytes`, then the values to `out`, which
+// has room for `capacity` elements; kTooSmall (with the number needed in `block`) where that is not enough.
+void ragged(const Store* o, const Store* v, int64_t n, const int64_t* index, int64_t item_bytes, int64_t ask,
+            int64_t* out_offsets, uint8_t* out, int64_t capacity, Result* r) {
+    r->status = kOk;
+    const Finder finder(o, 8);
+    const bool ends_known = all_known(o), known = all_known(v);
+    auto find_ends = [=](int64_t i, Span& ends) { // a row's two offsets
+        if (!finder(i, index[i], 1, ends, r)) return false;
+        ends.bytes = 16;
+        return true;
+    };
+    auto find_values = [=](int64_t i, const Span& ends, Span& span) {
+        const int64_t shard = r->shard = ends.shard;
+        r->place = i;
+        if (!ends_known && !check(o, ends, r)) return false;
+        int64_t begin, end, end_byte; // in bytes; a division takes as long as the copy
+        std::memcpy(&begin, ends.from, 8);
+        std::memcpy(&end, ends.from + 8, 8);
+        if (begin < 0 || end < begin || __builtin_mul_overflow(end, item_bytes, &end_byte) || end_byte > v->bytes[shard])
+            return fail(r, kBadOffsets, i, shard, 0);
+        if (v->base[shard] == nullptr) return fail(r, kUnmapped, i, shard, 0);
+        out_offsets[i + 1] = out_offsets[i] + (end - begin);
+        span = {v->base[shard] + begin * item_bytes, (end - begin) * item_bytes, shard};
+        return true;
+    };
+    guarded(r, [=] {
+        out_offsets[0] = 0;
+        auto find = [=](int64_t i, Span& span) {
+            Span ends;
+            return find_ends(i, ends) && find_values(i, ends, span);
+        };
+        if (ask && !(ends_known && known) && !(ask_for(o, n, find_ends) && ask_for(v, n, find))) return;
+        Span ends[kGroup], spans[kGroup];
+        for (int64_t first = 0; first < n; first += kGroup) {
+            const int64_t count = n - first < kGroup ? n - first : kGroup;
+            for (int64_t i = 0; i < count; ++i) {
+                if (!find_ends(first + i, ends[i])) return;
+                __builtin_prefetch(ends[i].from);
+            }
+            for (int64_t i = 0; i < count; ++i)
+                if (!find_values(first + i, ends[i], spans[i])) return;
+            if (out_offsets[first + count] > capacity) continue; // go on counting
+            auto put = [=](int64_t i, const Span& span) {
+                copy(out + out_offsets[i] * item_bytes, span.from, span.bytes);
+                return true;
+            };
+            if (!copy_group(v, first, count, spans, known, r, put)) return;
+        }
+        if (out_offsets[n] > capacity) fail(r, kTooSmall, 0, 0, out_offsets[n]);
+    });
+}
+
 constexpr int kSimple = 0, kWritable = 1;
+
+// An array as Python hands it over; `failed` (with Python's error set) where it is no contiguous buffer.
+struct Array {
+    Buffer buffer;
+    bool failed;
+
+    Array(PyObject* object, int flags) : failed(PyObject_GetBuffer(object, &buffer, flags) != 0) {}
+    ~Array() {
+        if (!failed) PyBuffer_Release(&buffer);
+    }
+    template <typename T> T* data() const { return (T*)buffer.data; }
+    int64_t bytes() const { return buffer.bytes; }
+};
+
+template <typename Work> void without_gil(Work work) {
+    void* thread = PyEval_SaveThread();
+    work();
+    PyEval_RestoreThread(thread);
+}
 
 // `work(indices, count, out)` without the GIL on an array of int64 and on memory of at least `out_bytes(count)`. Returns
 // 0; 1 with Python's error set where one is no contiguous buffer; 2 where `out` is too small.
 template <typename Room, typename Work> int64_t with_buffers(PyObject* index, PyObject* out, Room out_bytes, Work work) {
-    Buffer ids, to;
-    if (PyObject_GetBuffer(index, &ids, kSimple)) return 1;
-    if (PyObject_GetBuffer(out, &to, kWritable)) return PyBuffer_Release(&ids), 1;
-    const int64_t count = ids.bytes / 8;
-    const bool fits = out_bytes(count) <= (int64_t)to.bytes;
-    if (fits) {
-        void* thread = PyEval_SaveThread();
-        work((const int64_t*)ids.data, count, (uint8_t*)to.data);
-        PyEval_RestoreThread(thread);
-    }
-    PyBuffer_Release(&to);
-    PyBuffer_Release(&ids);
-    return fits ? 0 : 2;
+    const Array ids(index, kSimple);
+    if (ids.failed) return 1;
+    const Array to(out, kWritable);
+    if (to.failed) return 1;
+    const int64_t count = ids.bytes() / 8;
+    if (out_bytes(count) > to.bytes()) return 2;
+    without_gil([&] { work(ids.data<const int64_t>(), count, to.data<uint8_t>()); });
+    return 0;
 }
 
 } // namespace
@@ -432,52 +466,22 @@ int64_t tp_quick_windows(const Quick* q, int64_t items, int64_t wide, PyObject* 
     return failed | r.status;
 }
 
-// Rows of different lengths: `out_offsets` int64 [n + 1] in elements of `item_bytes`, then the values to `out`, which
-// has room for `capacity` elements; kTooSmall (with the number needed in `block`) where that is not enough.
+// Rows of different lengths (see `ragged`), and the same in the quick way.
 void tp_ragged(const Store* o, const Store* v, int64_t n, const int64_t* index, int64_t item_bytes, int64_t ask,
                int64_t* out_offsets, uint8_t* out, int64_t capacity, Result* r) {
-    r->status = kOk;
-    const double per_row = shards_per_row(o);
-    const int64_t rows = o->bounds[o->shards];
-    guarded(r, [&] {
-        auto find_pair = [&](int64_t i, Span& span) {
-            const int64_t row = index[i];
-            if (row < 0 || row >= rows) return fail(r, kOutOfRange, i, 0, 0);
-            span.shard = shard_of(o, row, per_row);
-            span.begin = (row - o->bounds[span.shard]) * 8;
-            span.bytes = 16;
-            return true;
-        };
-        if (ask && !ask_for(o, n, r, find_pair)) return;
-        out_offsets[0] = 0;
-        auto put_length = [&](int64_t i, const uint8_t* from) {
-            int64_t pair[2];
-            std::memcpy(pair, from, 16);
-            if (pair[0] < 0 || pair[1] < pair[0] || pair[1] > v->bytes[r->shard] / item_bytes)
-                return fail(r, kBadOffsets, i, r->shard, 0);
-            out_offsets[i + 1] = out_offsets[i] + (pair[1] - pair[0]);
-            return true;
-        };
-        if (!copy_spans(o, n, r, find_pair, put_length)) return;
-        if (out_offsets[n] > capacity) {
-            fail(r, kTooSmall, 0, 0, out_offsets[n]);
-            return;
-        }
-        auto find = [&](int64_t i, Span& span) {
-            const int64_t row = index[i];
-            span.shard = shard_of(o, row, per_row);
-            int64_t begin;
-            std::memcpy(&begin, o->base[span.shard] + (row - o->bounds[span.shard]) * 8, 8);
-            span.begin = begin * item_bytes;
-            span.bytes = (out_offsets[i + 1] - out_offsets[i]) * item_bytes;
-            return true;
-        };
-        if (ask && !ask_for(v, n, r, find)) return;
-        copy_spans(v, n, r, find, [&](int64_t i, const uint8_t* from) {
-            copy(out + out_offsets[i] * item_bytes, from, (out_offsets[i + 1] - out_offsets[i]) * item_bytes);
-            return true;
-        });
+    ragged(o, v, n, index, item_bytes, ask, out_offsets, out, capacity, r);
+}
+
+int64_t tp_quick_ragged(const Quick* q, PyObject* index, PyObject* out_offsets, PyObject* out) {
+    const Array ids(index, kSimple), offsets(out_offsets, kWritable), to(out, kWritable);
+    if (ids.failed || offsets.failed || to.failed) return PyErr_Clear(), 1;
+    if (offsets.bytes() < ids.bytes() + 8) return 2;
+    Result r;
+    without_gil([&] {
+        ragged(q->store, q->values, ids.bytes() / 8, ids.data<const int64_t>(), q->row_bytes, 1, offsets.data<int64_t>(),
+               to.data<uint8_t>(), to.bytes() / q->row_bytes, &r);
     });
+    return r.status;
 }
 
 // Ranges that a reader has fetched: range i lies at `at[i]`, begins with block `first[i]` of shard `shard[i]`, and holds
@@ -504,7 +508,7 @@ void tp_fetched(const Store* s, int64_t n, const uint8_t* const* at, const int64
 void tp_check(const Store* s, int64_t shard, int64_t first, int64_t last, Result* r) {
     *r = {kOk, 0, shard, 0};
     const int64_t end = last * s->block_bytes < s->bytes[shard] ? last * s->block_bytes : s->bytes[shard];
-    guarded(r, [&] { check(s, shard, first * s->block_bytes, end, r); });
+    guarded(r, [=] { check(s, shard, first * s->block_bytes, end, r); });
 }
 
 // The checksum of each block.

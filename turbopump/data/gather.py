@@ -57,9 +57,9 @@ class Store:
         self.pointer = ctypes.addressof(self._struct)
         self._quick: list[Any] = []
 
-    def quick(self, row_bytes: int) -> int:
+    def quick(self, row_bytes: int, values: Store | None = None) -> int:
         """Address of gather.cpp's `Quick`."""
-        made = (ctypes.c_int64 * 2)(self.pointer, row_bytes)
+        made = (ctypes.c_int64 * 3)(self.pointer, row_bytes, values.pointer if values is not None else 0)
         self._quick.append(made)  # kept alive
         return ctypes.addressof(made)
 
@@ -123,6 +123,10 @@ class Kernels(Protocol):
         """`read(items, wide, start, out)`, in the same way."""
         ...
 
+    def quick_ragged(self, offsets: Store, values: Store, item_bytes: int) -> Callable[[Array, Array, Array], int]:
+        """`read(index, out_offsets, out)`, in the same way."""
+        ...
+
 
 @dataclass(frozen=True)
 class Fetched:
@@ -160,6 +164,8 @@ class Compiled:
         self._quick_rows.argtypes, self._quick_rows.restype = (pointer, array, array), number
         self._quick_windows.argtypes = (pointer, number, number, array, array)
         self._quick_windows.restype = number
+        self._quick_ragged = python.tp_quick_ragged
+        self._quick_ragged.argtypes, self._quick_ragged.restype = (pointer, array, array, array), number
         self._rows.argtypes = (pointer, number, number, result, array, array)
         self._windows.argtypes = (pointer, number, number, result, number, number, array, array)
         self._rows.restype = self._windows.restype = number
@@ -173,6 +179,9 @@ class Compiled:
 
     def quick_windows(self, store: Store, item_bytes: int) -> Callable[[int, int, Array, Array], int]:
         return partial(self._quick_windows, store.quick(item_bytes))
+
+    def quick_ragged(self, offsets: Store, values: Store, item_bytes: int) -> Callable[[Array, Array, Array], int]:
+        return partial(self._quick_ragged, offsets.quick(item_bytes, values))
 
     def windows(
         self, store: Store, start: Array, items: int, item_bytes: int, wide: int, ask: bool, out: Array, result: Result
@@ -293,6 +302,9 @@ class Reference:
 
     def quick_windows(self, store: Store, item_bytes: int) -> Callable[[int, int, Array, Array], int]:
         return lambda items, wide, start, out: 3
+
+    def quick_ragged(self, offsets: Store, values: Store, item_bytes: int) -> Callable[[Array, Array, Array], int]:
+        return lambda index, out_offsets, out: 3
 
     def sums(self, data: Array, block_bytes: int) -> Array:
         view = data.data

@@ -154,6 +154,11 @@ class SplitData:
         values = [(self._stores[self._first[i]], item) for i, item in enumerate(self.fields)]
         self._quick_rows = [self._kernels.quick_rows(store, item.row_bytes) for store, item in values]
         self._quick_windows = [self._kernels.quick_windows(store, item.item_bytes) for store, item in values]
+        self._quick_ragged = {
+            i: self._kernels.quick_ragged(*self._stores[first : first + 2], self.fields[i].row_bytes)
+            for i, first in self._first.items()
+            if not self.fields[i].fixed
+        }
 
     def __len__(self) -> int:
         return int(self.bounds[-1])
@@ -193,18 +198,23 @@ class SplitData:
     def ragged(self, field: int, index: Index, out: RaggedBuffers | None = None) -> Ragged:
         """Rows of a field whose rows differ in length."""
         item, ids = self.fields[field], as_ids(index)
-        out = out or RaggedBuffers(item, len(ids))
+        if out is None:
+            out = RaggedBuffers(item, len(ids))
+        if self._quick_ragged[field](ids, out.offsets, out.values):
+            self._read_ragged(field, ids, out)
+        return out.batch(len(ids))
+
+    def _read_ragged(self, field: int, ids: np.ndarray, out: RaggedBuffers) -> None:
         require_room(out.offsets.nbytes, 8 * (len(ids) + 1))
-        first = self._first[field]
+        first, size = self._first[field], self.fields[field].row_bytes
         offsets, values = self._stores[first], self._stores[first + 1]
-        size = item.row_bytes
         while True:
             result = self._run(
                 field,
                 lambda r: self._kernels.ragged(offsets, values, ids, size, True, out.offsets, out.values, r), ids,
             )  # fmt: skip
             if result.status != gather.TOO_SMALL:
-                return out.batch(len(ids))
+                return
             out.grow(result.block)
 
     def batch(self, index: Index, buffers: Sequence[Any] | None = None) -> tuple[Any, ...]:
