@@ -1,7 +1,7 @@
 """A server of byte ranges on loopback whose next answers can be made to fail, one way or another, on purpose.
 
-`http://127.0.0.1:PORT/BUCKET/KEY` answers GET and HEAD, with ranges, from a dictionary; S3 clients with path-style
-addresses are served as well (signatures are not looked at). `fail(fault, times)` spoils the next GETs:
+`http://127.0.0.1:PORT/BUCKET/KEY` answers GET and HEAD, with ranges, from a dictionary; the clients of S3, Google Cloud
+Storage and Azure ask for the same (signatures are not looked at). `fail(fault, times)` spoils the next GETs:
 
     error 500 / slow down 503 / too many 429 / missing 404 / denied 403       an answer of that status
     stalled      headers and half the body, then nothing until `release`
@@ -22,6 +22,7 @@ import re
 import threading
 import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from urllib.parse import unquote
 
 STATUS = {
     "error 500": (500, "InternalError"),
@@ -104,7 +105,7 @@ class RangeServer:
                     self.close_connection = True
 
             def _send(self, fault: str | None, body: bool) -> None:
-                path = self.path.split("?")[0].lstrip("/")
+                path = unquote(self.path.split("?")[0]).lstrip("/")
                 server.addresses.append(f"{self.path} {self.headers.get('Referer', '')}")
                 if fault == "redirected":
                     self.send_response(302)

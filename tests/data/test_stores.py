@@ -23,13 +23,17 @@ def server():
         yield running
 
 
-@pytest.fixture(params=["http", "s3"])
+OPTIONS = {"s3": {"region": "us-east-1"}, "gs": {}, "az": {"account_name": "account"}}
+
+
+@pytest.fixture(params=["http", "s3", "gs", "az"])
 def store(server, request):
     server.heal()
     if request.param == "http":
         opened = open_store(f"{server.url}/bucket/set", limits=LIMITS)
     else:
-        opened = open_store("s3://bucket/set", endpoint=server.url, region="us-east-1", anonymous=True, limits=LIMITS)
+        options = {"endpoint": server.url, "anonymous": True, **OPTIONS[request.param]}
+        opened = open_store(f"{request.param}://bucket/set", limits=LIMITS, **options)
     yield opened
     opened.close()
     server.heal()
