@@ -19,7 +19,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from turbopump.core.errors import ConfigError, CorruptDataError, DatasetError, RemoteError, UsageError
+from turbopump.core.errors import ConfigError, CorruptDataError, DatasetError, UsageError
 from turbopump.core.files import digest, new_digest
 from turbopump.data.addresses import address_problem
 from turbopump.data.manifest import Manifest, ShardEntry, SplitEntry, read_manifest, sums_name
@@ -172,7 +172,7 @@ def verify_dataset(
             try:
                 with dataset.files.held(shard) if isinstance(dataset.files, RemoteFiles) else nullcontext():
                     problems += _problems(dataset, data, number)
-            except (CorruptDataError, RemoteError) as error:
+            except DatasetError as error:
                 problems.append(str(error))
             if dataset.remote:
                 data.release(number)

@@ -21,7 +21,7 @@ from pathlib import Path
 import numpy as np
 
 from turbopump.core.config import NonNegativeInt, PositiveFloat, PositiveInt, setting
-from turbopump.core.errors import CacheError, CorruptDataError
+from turbopump.core.errors import CacheError, CorruptDataError, DatasetError
 from turbopump.core.units import human_bytes
 from turbopump.data.addresses import address_problem, query_from_environment
 from turbopump.data.block_cache import BLOCK_BYTES, BlockCache, bytes_of_cache, default_directory, slots_there
@@ -30,6 +30,7 @@ from turbopump.data.ranges import RangeReader
 from turbopump.data.remote import RemoteReader
 from turbopump.data.remote_direct import DirectReader
 from turbopump.data.stores import Store, open_store
+from turbopump.hardware.detect import available_bytes
 
 PIECE_BYTES = 8 << 20  # the most that one request for a part asks for
 PIECES_AT_ONCE = 16
@@ -125,6 +126,11 @@ class RemoteFiles:
             yield _joined(*waiting.popleft())
 
     def _pieces(self, file: str, offset: int, size: int) -> list[Future[bytes]]:
+        if size > (free := available_bytes()):
+            raise DatasetError(
+                f"{self.location(file)}: by the manifest {human_bytes(size)} of it are to be in memory, where "
+                f"{human_bytes(free)} are free: pack into smaller shards, or do not trust the manifest"
+            )
         end = offset + size
         return [
             self._stores[0].start_range(file, begin, min(begin + PIECE_BYTES, end))
