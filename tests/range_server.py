@@ -1,7 +1,7 @@
 """A server of byte ranges on loopback whose next answers can be made to fail, one way or another, on purpose.
 
-`http://127.0.0.1:PORT/BUCKET/KEY` answers GET and HEAD, with ranges, from a dictionary; S3 clients with path-style
-addresses are served as well (signatures are not looked at). `fail(fault, times)` spoils the next GETs:
+`http://127.0.0.1:PORT/BUCKET/KEY` answers GET and HEAD, with ranges, from a dictionary; the clients of S3, Google Cloud
+Storage and Azure ask for the same (signatures are not looked at). `fail(fault, times)` spoils the next GETs:
 
     error 500 / slow down 503 / too many 429 / missing 404 / denied 403       an answer of that status
     stalled      headers and half the body, then nothing until `release`
@@ -9,14 +9,20 @@ addresses are served as well (signatures are not looked at). `fail(fault, times)
     short        206 of half the range, headers consistent with that
     whole        the range ignored: 200 and the whole object
     flipped      one bit of the body is wrong
+    shifted      206 of a range beside the one that was asked for, and says so
+    unlabelled   206 without Content-Range
+    compressed   the body by gzip, with Content-Encoding
+    redirected   302 to the same path at `elsewhere`
 """
 
 from __future__ import annotations
 
+import gzip
 import re
 import threading
 import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from urllib.parse import unquote
 
 STATUS = {
     "error 500": (500, "InternalError"),
@@ -34,6 +40,9 @@ class RangeServer:
         self.objects = objects
         self.latency_s = latency_s
         self.requests: list[tuple[str, int, int]] = []  # path, begin, end of every ranged GET that came
+        self.addresses: list[str] = []  # of every request, with its query and its referrer
+        self.elsewhere = ""
+        self.etag = "1"
         self._faults: list[str] = []
         self._always: str | None = None
         self._lock = threading.Lock()
@@ -96,7 +105,14 @@ class RangeServer:
                     self.close_connection = True
 
             def _send(self, fault: str | None, body: bool) -> None:
-                path = self.path.split("?")[0].lstrip("/")
+                path = unquote(self.path.split("?")[0]).lstrip("/")
+                server.addresses.append(f"{self.path} {self.headers.get('Referer', '')}")
+                if fault == "redirected":
+                    self.send_response(302)
+                    self.send_header("Location", f"{server.elsewhere}/{path}")
+                    self.send_header("Content-Length", "0")
+                    self.end_headers()
+                    return
                 if server.latency_s:
                     time.sleep(server.latency_s)
                 data = server.objects.get(path)
@@ -108,17 +124,24 @@ class RangeServer:
                     return
                 asked = re.fullmatch(r"bytes=(\d+)-(\d+)", self.headers.get("Range", ""))
                 if asked is None or fault == "whole":
-                    self._head(200, len(data))
+                    packed = fault == "compressed"
+                    data = gzip.compress(data) if packed else data
+                    self._head(200, len(data), packed=packed)
                     self.wfile.write(data if body else b"")
                     return
                 begin, end = int(asked[1]), min(int(asked[2]) + 1, len(data))
                 server.requests.append((path, begin, end))
                 if fault == "short":
                     end = begin + (end - begin) // 2
+                if fault == "shifted":
+                    begin, end = begin + 1, end + 1
                 part = bytearray(data[begin:end])
                 if fault == "flipped":
                     part[len(part) // 3] ^= 4
-                self._head(206, len(part), f"bytes {begin}-{end - 1}/{len(data)}")
+                if fault == "compressed":
+                    part = bytearray(gzip.compress(part))
+                named = f"bytes {begin}-{end - 1}/{len(data)}" if fault != "unlabelled" else None
+                self._head(206, len(part), named, packed=fault == "compressed")
                 if fault in ("stalled", "truncated"):
                     self.wfile.write(part[: len(part) // 2])
                     self.wfile.flush()
@@ -128,10 +151,14 @@ class RangeServer:
                     return
                 self.wfile.write(part)
 
-            def _head(self, status: int, num_bytes: int, content_range: str | None = None) -> None:
+            def _head(
+                self, status: int, num_bytes: int, content_range: str | None = None, *, packed: bool = False
+            ) -> None:
                 self.send_response(status)
                 self.send_header("Content-Length", str(num_bytes))
-                self.send_header("ETag", '"1"')
+                self.send_header("ETag", f'"{server.etag}"')
+                if packed:
+                    self.send_header("Content-Encoding", "gzip")
                 self.send_header("Last-Modified", "Thu, 01 Jan 2026 00:00:00 GMT")
                 if content_range is not None:
                     self.send_header("Content-Range", content_range)

@@ -539,7 +539,7 @@ def report(*runs: Path, output: Path | None = None, json: Flag = False) -> None:
 def inspect(
     path: str,
     /,
-    *,
+    *overrides: str,
     verify: Flag = False,
     json: Flag = False,
     export: Literal["parquet"] | None = None,
@@ -552,6 +552,8 @@ def inspect(
         turbopump inspect runs/demo
         turbopump inspect datasets/stdlib --verify
         turbopump inspect s3://bucket/stdlib
+        turbopump inspect s3://bucket/stdlib endpoint=http://127.0.0.1:9000 options.region=us-east-1
+        turbopump inspect gs://bucket/stdlib anonymous=true
         turbopump inspect datasets/images --export parquet --to images-parquet
         turbopump inspect runs/demo/checkpoints/step-00000400
 
@@ -559,6 +561,9 @@ def inspect(
     ----------
     path
         The artefact.
+    overrides
+        How an address is reached: settings of [data.remote], e.g. endpoint=... (docs/remote.md). Credentials come from
+        the environment.
     verify
         Check every checksum.
     json
@@ -573,10 +578,11 @@ def inspect(
     if to is not None and export is None:
         raise UsageError(f"--to {to} given, which says where --export writes: add --export parquet")
     if export is not None:
-        for file in verb.export(path, to):
+        for file in verb.export(path, to, remote=verb.remote_of(path, overrides)):
             print(file)
         return
-    print(verb.inspect_from_command_line(path, verify=verify, as_json=json))
+    remote = verb.remote_of(path, overrides)
+    print(verb.inspect_from_command_line(path, verify=verify, as_json=json, remote=remote))
 
 
 def main(arguments: list[str] | None = None) -> int:

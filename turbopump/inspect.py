@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import tomllib
+import warnings
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from turbopump.core.checkpoint_store import list_checkpoints, open_checkpoint, verify_checkpoint
-from turbopump.core.config import load, to_table
+from turbopump.core.config import from_overrides, load, to_table
 from turbopump.core.errors import CorruptCheckpointError, ProfileError, UsageError
 from turbopump.core.files import from_json, read_json_lines, to_json
 from turbopump.core.rundir import RunDir
@@ -18,7 +19,7 @@ from turbopump.core.tensor_file import read_layout
 from turbopump.core.units import human, human_bytes, human_seconds, printable
 from turbopump.data.describe import describe_dataset
 from turbopump.data.format import chunks, open_dataset, verify_dataset
-from turbopump.data.remote_files import is_url
+from turbopump.data.remote_files import CACHE_BYTES, RemoteConfig, is_url
 from turbopump.hardware import profile as machine_file
 from turbopump.hardware.sanity import oddities
 from turbopump.planner import plan_file
@@ -26,12 +27,16 @@ from turbopump.planner.summary import format_summary, misfits, summarize
 from turbopump.reporting.probe_rows import Setting, best_rates, dtype_order, main_settings, memory_roofs, op_words
 
 
-def inspect(path: Path | str, *, verify: bool = False) -> dict[str, Any]:
-    """Facts about the artefact at `path`, with its `kind` first; raises `UsageError` for what is none of ours,
-    `CorruptDataError` or `CorruptCheckpointError` where a checksum differs, and `ProfileError` for a machine file of
-    another schema or, with `verify`, of figures that cannot be; `PlanError` for a plan of another schema."""
+def inspect(path: Path | str, *, verify: bool = False, remote: RemoteConfig | None = None) -> dict[str, Any]:
+    """Facts about the artefact at `path`, with its `kind` first; `remote` is how a dataset at an address is reached.
+
+    Raises `UsageError` for what is none of ours, `RemoteError` for what a store does not give, `CorruptDataError` or
+    `CorruptCheckpointError` where a checksum differs, and `ProfileError` for a machine file of another schema or, with
+    `verify`, of figures that cannot be; `PlanError` for a plan of another schema."""
     if is_url(path):
-        return {"kind": "dataset", "path": str(path), **_dataset(path, verify)}
+        if remote is not None and (remote.cache_bytes != CACHE_BYTES or remote.cache_dir):
+            warnings.warn("cache_bytes and cache_dir have no effect on inspect: leave them out", stacklevel=2)
+        return {"kind": "dataset", "path": str(path), **_dataset(path, verify, remote)}
     path = Path(path)
     if not path.exists():
         raise UsageError(f"nothing at {path}")
@@ -94,10 +99,10 @@ def _verify_checkpoint(path: Path) -> None:
         raise CorruptCheckpointError("; ".join(problems))
 
 
-def _dataset(path: Path | str, verify: bool) -> dict[str, Any]:
+def _dataset(path: Path | str, verify: bool, remote: RemoteConfig | None = None) -> dict[str, Any]:
     if verify:
-        verify_dataset(path)
-    facts = describe_dataset(path)
+        verify_dataset(path, remote=remote)
+    facts = describe_dataset(path, remote)
     for split in facts["splits"].values():
         sizes = split.pop("document_sizes", ())
         split["document_sizes"] = {f"up to {size:,} tokens": count for size, count in sizes}
@@ -253,14 +258,16 @@ def _readable(name: str, value: Any) -> str:
     return human(value, digits=4) if isinstance(value, float) else f"{value:,}"
 
 
-def export(path: Path | str, destination: Path | str | None = None) -> list[Path]:
+def export(
+    path: Path | str, destination: Path | str | None = None, *, remote: RemoteConfig | None = None
+) -> list[Path]:
     """Write each split of the dataset at `path` as `<split>.parquet` into `destination` (default: PATH.parquet).
 
     Raises `UsageError` where the destination holds something, `DatasetError` where there is no dataset or no space.
     """
     from turbopump.data.export import export_parquet
 
-    dataset = open_dataset(path)
+    dataset = open_dataset(path, remote=remote)
     if is_url(path) and destination is None:
         raise UsageError(f"{path} is an address: name the folder to write with --to")
     folder = Path(destination) if destination is not None else Path(f"{str(path).rstrip('/')}.parquet")
@@ -274,6 +281,18 @@ def export(path: Path | str, destination: Path | str | None = None) -> list[Path
     return written
 
 
-def inspect_from_command_line(path: Path | str, *, verify: bool, as_json: bool) -> str:
-    facts = inspect(path, verify=verify)
+def remote_of(path: Path | str, overrides: Sequence[str]) -> RemoteConfig | None:
+    """Settings of `[data.remote]` that were given on the command line; raises `UsageError` where there is no use."""
+    if not overrides:
+        return None
+    if not is_url(path):
+        raise UsageError(f"{overrides[0]!r} given, which is how an address is reached, and {path} is none")
+    config: RemoteConfig = from_overrides(RemoteConfig, overrides, "remote settings")
+    return config
+
+
+def inspect_from_command_line(
+    path: Path | str, *, verify: bool, as_json: bool, remote: RemoteConfig | None = None
+) -> str:
+    facts = inspect(path, verify=verify, remote=remote)
     return to_json(facts, indent=True).decode().rstrip() if as_json else format_facts(facts)

@@ -334,3 +334,42 @@ def test_other_sizes_wait_until_nobody_uses_the_cache(directory):
     cache = small(directory, 8)
     put(cache, 1)
     assert get(cache, 1) == content(1)
+
+
+def test_two_sizes_of_one_process_are_refused_until_the_first_is_closed(directory):
+    first, again = small(directory, 4), small(directory, 4)
+    put(first, 1)
+    with pytest.raises(CacheError, match=r"in use with 5 blocks .* give the same cache_bytes .* or another directory"):
+        small(directory, 8)
+    first.close()
+    with pytest.raises(CacheError, match="in use with 5 blocks"):
+        small(directory, 8)
+    assert get(again, 1) == content(1)
+    again.close()
+    larger = small(directory, 8)
+    for block in range(8):
+        put(larger, block)
+    assert [get(larger, block) for block in range(8)] == [content(block) for block in range(8)]
+    with pytest.raises(CacheError, match="in use with 9 blocks"):  # what was closed cannot touch the new one
+        put(first, 1)
+    first.abandon([Row("claimed", 0, 1)])
+    chains_hold(larger)
+    larger.close()
+    assert small(directory, 4).num_slots == 5
+
+
+def test_another_size_waits_for_other_processes_too(directory):
+    cache = small(directory, 4)
+    ready, go = multiprocessing.Pipe()
+    child = os.fork()
+    if child == 0:
+        put(small(directory, 4), 1)
+        ready.send(1)
+        signal.pause()
+    go.recv()
+    cache.close()
+    with pytest.raises(CacheError, match="same cache_bytes"):
+        small(directory, 8)
+    assert get(small(directory, 4), 1) == content(1)
+    os.kill(child, signal.SIGKILL)
+    os.waitpid(child, 0)

@@ -15,7 +15,8 @@ from moto.server import ThreadedMotoServer
 
 from tests.processes import PATIENCE_S
 from tests.range_server import RangeServer
-from turbopump.core.errors import ConfigError, CorruptDataError, DatasetError, RemoteError, UsageError
+from turbopump.core.errors import CacheError, ConfigError, CorruptDataError, DatasetError, RemoteError, UsageError
+from turbopump.core.files import digest, to_json
 from turbopump.data import block_cache
 from turbopump.data.block_cache import bytes_of_cache
 from turbopump.data.format import open_dataset, verify_dataset
@@ -107,7 +108,7 @@ def healthy(http, local, tmp_path, monkeypatch):
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "s")
     http.heal()
     http.requests.clear()
-    http.objects = objects_of(local)
+    http.objects, http.etag = objects_of(local), "1"
     yield
     for table in block_cache._attached.values():
         os.close(table.lock)
@@ -305,6 +306,162 @@ def test_a_manifest_that_is_damaged_or_missing_is_an_error_at_open(http, local, 
         open_dataset(f"{url}/tokens", remote=remote).tokenizer()
 
 
+def with_manifest(objects: dict[str, bytes], change) -> dict[str, bytes]:
+    """The objects with a manifest that was changed and has the digest of what it says."""
+    name = "bucket/tokens/manifest.json"
+    table = json.loads(objects[name])
+    change(table)
+    del table["digest"]
+    return {**objects, name: json.dumps({**table, "digest": digest(to_json(table))}).encode()}
+
+
+def rename_shard(to: str):
+    return lambda table: table["splits"]["train"]["shards"][0].update(file=to)
+
+
+EVIL = ["../arrays/secret.arrow", "/etc/passwd", "http://elsewhere/x.arrow", "..", ".hidden", "a/../../b", "a\0b"]
+
+
+@pytest.mark.parametrize("name", EVIL)
+def test_a_manifest_that_names_files_elsewhere_is_refused_and_asks_for_none(name, http, local, request):
+    url, remote = remote_of("http", request)
+    http.addresses.clear()
+    for change in (
+        rename_shard(name),
+        lambda table: table["tokenizer"].update(file=name),
+        lambda table: table["splits"].update({name: table["splits"].pop("train")}),
+    ):
+        http.objects = with_manifest(objects_of(local), change)
+        with pytest.raises(CorruptDataError, match=r"manifest\.json is not usable: .* is no file name"):
+            open_dataset(f"{url}/tokens", remote=remote)
+    assert {asked.split("?")[0].strip() for asked in http.addresses} == {"/bucket/tokens/manifest.json"}
+
+
+@pytest.mark.parametrize("name", ["a?x=y", "a#b", "a\\b", "a%2Fb", "train 0.arrow"])
+def test_a_shard_of_an_odd_name_is_read_or_refused_but_never_another_file(name, http, local, request):
+    url, remote = remote_of("http", request, 0)
+    http.objects = with_manifest(objects_of(local), rename_shard(name))
+    dataset = open_dataset(f"{url}/tokens", remote=remote)
+    http.addresses.clear()
+    with pytest.raises((RemoteError, UsageError), match=r"given up at once|is no key below"):
+        dataset.data("train").windows([0], 20)
+    dataset.close()
+    assert all("/bucket/tokens/" in asked and "/../" not in asked for asked in http.addresses)
+
+
+@pytest.mark.parametrize("rows", [10**12, 1 << 60])
+def test_a_manifest_of_sizes_that_cannot_be_ends_at_once(rows, http, local, request):
+    def change(table):
+        split = table["splits"]["train"]
+        shard = split["shards"][0]
+        split["rows"] += rows - shard["rows"]
+        (offset, _), shard["rows"] = shard["buffers"][0], rows
+        shard["buffers"], shard["bytes"] = [[offset, rows]], rows + offset + 64
+
+    url, remote = remote_of("http", request)
+    http.objects = with_manifest(objects_of(local), change)
+    with contextlib.closing(open_dataset(f"{url}/tokens", remote=remote)) as dataset:
+        with pytest.raises(DatasetError, match=r"train\.sums.*(do not trust the manifest|given up)"):
+            dataset.data("train").windows([0], 20)
+    with pytest.raises(CorruptDataError, match=r"train-00000\.arrow has .* were written"):
+        verify_dataset(f"{url}/tokens", remote=remote)
+
+
+@pytest.mark.parametrize("cache", ["cached", "no cache"])
+def test_a_dataset_replaced_while_it_is_read_gives_its_own_bytes_or_an_error(cache, http, local, request, tmp_path):
+    url, remote = remote_of("http", request, CACHES[cache])
+    tokens = (np.arange(60_000) % 250).astype(np.uint8)
+    with DatasetWriter(tmp_path / "tokens", kind="tokens", fields=[Field("tokens", "uint8")],
+                       shard_bytes=13_000) as writer:  # fmt: skip
+        for split, part in (("train", tokens[:50_000]), ("validation", tokens[50_000:])):
+            writer.append(split, [part], source_bytes=len(part))
+        writer.add_file("tokenizer.json", ByteTokenizer().dumps())
+        writer.finish(tokenizer=tokenizer_entry(ByteTokenizer()))
+    here, there = open_dataset(local / "tokens").data("train"), open_dataset(f"{url}/tokens", remote=remote)
+    data, start = there.data("train"), there.split("train").shards[0].rows
+    assert same(here.windows([5], 30), data.windows([5], 30))  # the checksums of the first shard are here
+    http.etag, http.objects = "2", objects_of(tmp_path)
+    for at in (9_000, start + 9_000):
+        try:
+            assert same(here.windows([at], 30), data.windows([at], 30))  # was fetched before
+        except CorruptDataError as error:
+            assert "fetched twice; upload" in str(error)
+        else:
+            assert cache == "cached" and at < start
+    there.close()
+    with contextlib.closing(open_dataset(f"{url}/tokens", remote=remote)) as new:
+        assert same(new.data("train").windows([5], 30, wide=False), tokens[None, 5:35])
+
+
+@pytest.mark.parametrize("fault", ["whole", "shifted", "unlabelled", "compressed"])
+def test_answers_that_do_not_fit_the_question_are_errors(fault, http, local, request):
+    url, remote = remote_of("http", request, 0)
+    dataset = open_dataset(f"{url}/tokens", remote=replace(remote, stall_s=5.0))
+    http.fail(fault, times=None)
+    with pytest.raises(RemoteError, match=r"given up after 2 tries"):
+        dataset.data("train").windows([0], 20)
+    http.heal()
+    assert same(open_dataset(local / "tokens").data("train").windows([0], 20), dataset.data("train").windows([0], 20))
+    http.fail("compressed", times=None)
+    with pytest.raises(RemoteError, match="sent it compressed"):
+        open_dataset(f"{url}/tokens", remote=remote)
+    dataset.close()
+
+
+def test_one_dataset_with_two_sizes_of_its_cache_in_one_process(local, request):
+    url, remote = remote_of("http", request, bytes_of_cache(4))
+    other = replace(remote, cache_bytes=bytes_of_cache(2))
+    first, same_size, second = (open_dataset(f"{url}/arrays", remote=r) for r in (remote, remote, other))
+    expected = open_dataset(local / "arrays").data("train").rows(0, [3, 500])
+    assert same(expected, first.data("train").rows(0, [3, 500]))
+    assert same(expected, same_size.data("train").rows(0, [3, 500]))
+    with pytest.raises(CacheError, match=r"in use with 4 blocks .*same cache_bytes.*data\.remote\.cache_dir"):
+        second.data("train")
+    first.close()
+    same_size.close()
+    assert same(expected, second.data("train").rows(0, [3, 500]))
+    second.close()
+
+
+def test_closing_a_dataset_ends_what_it_fetches_ahead(http, local, request):
+    url, remote = remote_of("http", request)
+    http.latency_s = 0.05
+    try:
+        dataset = open_dataset(f"{url}/arrays", remote=remote)
+        data = dataset.data("train")
+        data.rows(0, [1])
+        data._reader._most_ahead = 1  # so that most of it still waits
+        for at in range(0, ROWS, 50):
+            data.prefetch(np.arange(at, at + 50))
+        store = data._reader._store
+        dataset.close()
+        assert store._helper is None and not data._reader._wanted
+    finally:
+        http.latency_s = 0.0
+
+
+def test_inspect_takes_the_settings_of_remote(s3, http, local, tmp_path, cli):
+    way = [f"endpoint={s3}", "options.region=us-east-1"]
+    said = cli("inspect", "s3://bucket/tokens", *way, "--verify", "--json")
+    assert said.code == 0 and json.loads(said.out)["holds"] == "tokens"
+    assert cli("inspect", "s3://bucket/arrays", *way, "--export", "parquet", "--to", str(tmp_path / "out")).code == 0
+    assert sorted(os.listdir(tmp_path / "out")) == ["train.parquet", "validation.parquet"]
+    address = f"{http.url}/bucket/tokens"
+    for given, told in (
+        (["endpont=x"], "endpont: no such setting; did you mean 'endpoint'?"),
+        (["max_tries=0"], "max_tries: 0 given"),
+        (["endpoint"], "'endpoint' is not of the form key=value"),
+        (["options.secret_access_key=hush"], "a credential does not belong into settings"),
+        (["query_env=NOT_THERE"], "environment variable NOT_THERE is not set"),
+    ):
+        said = cli("inspect", address, *given)
+        assert said.code == 2 and told in said.err and "hush" not in said.err
+    said = cli("inspect", str(local / "tokens"), "anonymous=true")
+    assert said.code == 2 and "'anonymous=true' given, which is how an address is reached" in said.err
+    with pytest.warns(UserWarning, match="cache_bytes and cache_dir have no effect on inspect"):
+        inspect(address, remote=RemoteConfig(cache_bytes=5))
+
+
 def test_inspect_describes_and_verifies_an_address(http, s3, local, monkeypatch, cli):
     monkeypatch.setenv("AWS_ENDPOINT_URL", s3)
     monkeypatch.setenv("AWS_REGION", "us-east-1")
@@ -341,7 +498,7 @@ def test_settings_without_effect_warn_and_secrets_are_refused(local, request):
         open_dataset(local / "tokens", remote=remote)
     with pytest.warns(UserWarning, match=r"data\.reading = 'mapped' has no effect on http"):
         open_dataset(f"{url}/tokens", "mapped", remote).close()
-    with pytest.raises(ConfigError, match=r"secret_access_key: a credential does not belong into a recipe"):
+    with pytest.raises(ConfigError, match=r"secret_access_key: a credential does not belong into settings"):
         open_dataset(f"{url}/tokens", remote=RemoteConfig(options={"secret_access_key": "s"}))
     with pytest.raises(UsageError, match="no address of a store"):
         open_dataset("ftp://somewhere/tokens")
@@ -425,6 +582,21 @@ threads = 1
 def losses_of(folder: Path) -> dict[int, float]:
     records = map(json.loads, (folder / "metrics.jsonl").read_text().splitlines())
     return {record["step"]: record["loss"] for record in records if record["type"] == "step"}
+
+
+def test_a_run_writes_down_no_query(local, http, tmp_path, monkeypatch):
+    from turbopump.train import train
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("DATASET_QUERY", "sv=2021-12-02&sr=c&sig=5ec2e75ec2e7%3D")
+    text = RECIPE.format(name="signed", path=f"{http.url}/bucket/tokens", endpoint="")
+    text = text.replace('endpoint = ""\noptions = { region = "us-east-1" }', 'query_env = "DATASET_QUERY"')
+    Path("signed.toml").write_text(text.replace("[logging]", '[logging]\nloggers = ["tensorboard"]'))
+    http.addresses.clear()
+    train("signed.toml", overrides=["num_steps=4", "checkpoint.every=2"], quiet=True)
+    assert all("sig=5ec2e75ec2e7%3D" in asked for asked in http.addresses) and len(http.addresses) > 3
+    written = [file for file in tmp_path.rglob("*") if file.is_file()]
+    assert len(written) > 8 and not any(b"5ec2e75ec2e7" in file.read_bytes() for file in written)
 
 
 def test_training_from_a_store_is_training_from_the_directory(local, s3, tmp_path, monkeypatch):

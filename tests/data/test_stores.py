@@ -24,13 +24,17 @@ def server():
         yield running
 
 
-@pytest.fixture(params=["http", "s3"])
+OPTIONS = {"s3": {"region": "us-east-1"}, "gs": {}, "az": {"account_name": "account"}}
+
+
+@pytest.fixture(params=["http", "s3", "gs", "az"])
 def store(server, request):
     server.heal()
     if request.param == "http":
         opened = open_store(f"{server.url}/bucket/set", limits=LIMITS)
     else:
-        opened = open_store("s3://bucket/set", endpoint=server.url, region="us-east-1", anonymous=True, limits=LIMITS)
+        options = {"endpoint": server.url, "anonymous": True, **OPTIONS[request.param]}
+        opened = open_store(f"{request.param}://bucket/set", limits=LIMITS, **options)
     yield opened
     opened.close()
     server.heal()
@@ -44,7 +48,8 @@ def test_whole_objects_sizes_and_ranges(store):
     assert store.memory[64 : 64 + 290] == DATA[10:300]
 
 
-TRANSIENT = ["error 500", "slow down 503", "too many 429", "truncated", "short", "whole", "stalled"]
+TRANSIENT = ["error 500", "slow down 503", "too many 429", "truncated", "short", "whole", "stalled", "shifted",
+             "unlabelled", "compressed"]  # fmt: skip
 
 
 @pytest.mark.parametrize("fault", TRANSIENT)
@@ -55,7 +60,9 @@ def test_what_passes_is_tried_again_and_the_bytes_are_right(store, server, fault
     assert store.statistics["throttled"] == (2 if fault in ("slow down 503", "too many 429") else 0)
 
 
-@pytest.mark.parametrize("fault", ["error 500", "slow down 503", "truncated", "short", "whole"])
+@pytest.mark.parametrize(
+    "fault", ["error 500", "slow down 503", "truncated", "short", "whole", "shifted", "compressed"]
+)
 def test_what_stays_is_an_error_that_says_what_was_asked_and_answered(store, server, fault):
     server.fail(fault, times=None)
     with pytest.raises(RemoteError, match=r"a\.bin, bytes 1000\.\.13288: given up after 4 tries: .*What to do"):
@@ -75,6 +82,66 @@ def test_what_will_not_change_is_not_asked_twice(store, server, fault):
 def test_a_whole_object_that_is_cut_short_is_asked_again(store, server):
     server.fail("truncated")
     assert store.get("a.bin") == DATA
+
+
+def test_a_whole_object_that_comes_compressed_is_an_error_that_says_so(store, server):
+    server.fail("compressed", times=None)
+    with pytest.raises(RemoteError, match="given up at once: the server sent it compressed"):
+        store.get("a.bin")
+
+
+def test_a_redirect_is_followed_where_there_is_no_secret(store, server):
+    with RangeServer({"bucket/set/a.bin": DATA}) as other:
+        server.elsewhere = other.url
+        server.fail("redirected", times=2)
+        assert store.get("a.bin") == DATA and store.get_range("a.bin", 5, 90) == DATA[5:90]
+        assert len(other.addresses) == 2
+
+
+QUERY = "sv=2023-11-03&sr=c&sig=aB%2Bc%2F9d8e7f6%3D"
+
+
+def test_a_query_goes_with_every_request_and_never_to_another_host(server):
+    server.heal()
+    server.addresses.clear()
+    store = open_store(f"{server.url}/bucket/set".replace("127.0.0.1", "localhost"), query=QUERY, limits=LIMITS)
+    assert store.get("a.bin") == DATA and store.size("a.bin") == len(DATA)
+    assert store.get_range("a.bin", 5, 90) == DATA[5:90]
+    assert server.addresses == [f"/bucket/set/a.bin?{QUERY} "] * 3
+    with RangeServer({"bucket/set/a.bin": DATA}) as other:
+        server.elsewhere = other.url
+        server.fail("redirected", times=None)
+        for ask in (store.get, lambda key: store.get_range(key, 5, 90)):
+            with pytest.raises(RemoteError, match="redirects to another one, which is not followed") as caught:
+                ask("a.bin")
+            assert "a.bin?***" in str(caught.value) and "aB" not in str(caught.value)
+        assert other.addresses == []
+    server.heal()
+    store.close()
+
+
+@pytest.mark.parametrize("fault", ["error 500", "denied 403", "whole", "short", "truncated"])
+def test_no_error_holds_a_query(server, fault):
+    store = open_store(f"{server.url}/bucket/set", query=QUERY, limits=LIMITS)
+    server.fail(fault, times=None)
+    with pytest.raises(RemoteError) as caught:
+        store.get_range("a.bin", 5, 90)
+    server.heal()
+    store.close()
+    said = str(caught.value)
+    assert "given up" in said and not any(secret in said for secret in ("aB%2B", "aB+c", "9d8e", "2023-11-03"))
+
+
+def test_a_query_is_not_read_through_a_proxy(server, monkeypatch):
+    monkeypatch.setenv("http_proxy", "http://proxy.example:3128")
+    monkeypatch.delenv("no_proxy", raising=False)
+    monkeypatch.delenv("NO_PROXY", raising=False)
+    with pytest.raises(UsageError, match=r"not read through a proxy.*add 127\.0\.0\.1 to NO_PROXY"):
+        open_store(f"{server.url}/bucket", query=QUERY)
+    monkeypatch.setenv("no_proxy", "127.0.0.1")
+    store = open_store(f"{server.url}/bucket/set", query=QUERY, limits=LIMITS)
+    assert store.get("a.bin") == DATA
+    store.close()
 
 
 def test_a_store_used_before_fork_serves_the_child_too(store):

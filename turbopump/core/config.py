@@ -258,6 +258,18 @@ def parse(table: Mapping[str, Any], where: str = "recipe") -> Config:
     return config
 
 
+def from_overrides(cls: type, overrides: Sequence[str], where: str) -> Any:
+    """A config dataclass of its defaults and `key=value` overrides; raises `ConfigError` or `UsageError`."""
+    table: dict[str, Any] = {}
+    for override in overrides:
+        apply_override(table, override)
+    problems: list[str] = []
+    config = _validated(cls, table, "", problems)
+    if problems:
+        raise ConfigError(problems, where)
+    return config
+
+
 def validate(config: Config) -> Config:
     """Check a Config made in Python as if it were read from a file; raises `ConfigError`."""
     return parse(to_table(config), where="config")

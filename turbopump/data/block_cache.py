@@ -19,6 +19,7 @@ import mmap
 import os
 import struct
 import threading
+import weakref
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -78,7 +79,8 @@ class BlockCache:
     """`cache_bytes` of blocks in `directory`, which is made if need be and belongs to one dataset (name it by digest).
 
     Raises `UsageError` for sizes that make no cache, `CacheError` for a directory that cannot be written or that living
-    processes use with other sizes. May be made before `fork`; each process attaches when it first uses it.
+    processes, or caches of this one that were not closed, use with other sizes. May be made before `fork`; each process
+    attaches when it first uses it.
     """
 
     def __init__(self, directory: Path, cache_bytes: int, *, block_bytes: int = BLOCK_BYTES) -> None:
@@ -92,19 +94,31 @@ class BlockCache:
                 "no cache"
             )
         self.table  # noqa: B018 - what is wrong with the directory is said now
+        _open.add(self)
 
     @property
     def table(self) -> _Table:
         """The table as this process has mapped it."""
         found = _attached.get(str(self.directory))
-        if found is None or (found.num_slots, found.block_bytes) != (self.num_slots, self.block_bytes):
+        if found is None or not self._fits(found):
             with _attaching:
                 found = _attached.get(str(self.directory))
                 if found is None:
-                    found = _attached[str(self.directory)] = _attach(self)
-            if (found.num_slots, found.block_bytes) != (self.num_slots, self.block_bytes):
-                raise _in_use(self.directory, found.num_slots, found.block_bytes)
+                    found = _attach(self)
+                elif not self._fits(found):
+                    if any(other is not self and other.directory == self.directory for other in list(_open)):
+                        raise _in_use(self.directory, found.num_slots, found.block_bytes)
+                    found = _table_of(self, found.lock, found.owner, found.blocks)
+                _attached[str(self.directory)] = found
+                _open.add(self)
         return found
+
+    def _fits(self, table: _Table) -> bool:
+        return (table.num_slots, table.block_bytes) == (self.num_slots, self.block_bytes)
+
+    def close(self) -> None:
+        """This cache is not used any more: the process may open its directory with another size."""
+        _open.discard(self)
 
     def look_up(self, file: int, blocks: Sequence[int], *, claim: bool) -> list[Row]:
         """What there is of each of `blocks` of a file; with `claim`, rows are taken for those that are absent."""
@@ -159,7 +173,9 @@ class BlockCache:
 
     def abandon(self, rows: Sequence[Row]) -> None:
         """Give up claimed rows that were not filled."""
-        table = self.table
+        table = _attached.get(str(self.directory))
+        if table is None or not self._fits(table):  # closed, and made anew by another
+            return
         with table.locked():
             for row in rows:
                 if int(table.generation[row.slot]) == row.generation:
@@ -319,13 +335,14 @@ class _Table:
 
 
 _attached: dict[str, _Table] = {}
-_attaching = threading.Lock()
+_open: weakref.WeakSet[BlockCache] = weakref.WeakSet()
+_attaching = threading.RLock()
 
 
 def _forked() -> None:
     """Locks on files are not inherited: a child attaches anew. Closing copies lets go of nothing of the parent's."""
     global _attaching
-    _attaching = threading.Lock()
+    _attaching = threading.RLock()
     for table in _attached.values():
         os.close(table.lock)
         os.close(table.blocks)
@@ -344,6 +361,23 @@ def _attach(cache: BlockCache) -> _Table:
         fcntl.lockf(lock, fcntl.LOCK_EX, 1, 0)
         owner = _own(lock, directory)
         blocks = os.open(directory / "blocks", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        table = _table_of(cache, lock, owner, blocks)
+        os.posix_fadvise(blocks, 0, 0, os.POSIX_FADV_RANDOM)
+        return table
+    except BaseException as error:
+        for handle in (lock, blocks):
+            with suppress(OSError):
+                os.close(handle)
+        if isinstance(error, OSError):
+            raise CacheError(f"the cache: {explain_os_error(error, directory)}") from error
+        raise
+
+
+def _table_of(cache: BlockCache, lock: int, owner: int, blocks: int) -> _Table:
+    """The table in the directory, made anew where it is of other sizes and no other process uses it."""
+    directory = cache.directory
+    fcntl.lockf(lock, fcntl.LOCK_EX, 1, 0)
+    try:
         alone = not _held(lock, 1, _MOST_OWNERS)
         found = _sizes(directory / "table")
         if found != (cache.num_slots, cache.block_bytes):
@@ -357,16 +391,11 @@ def _attach(cache: BlockCache) -> _Table:
         if alone or table.header["dirty"]:
             table.rebuild()
         table.forget_fetches(None if alone else owner)
-        os.posix_fadvise(blocks, 0, 0, os.POSIX_FADV_RANDOM)
-        fcntl.lockf(lock, fcntl.LOCK_UN, 1, 0)
         return table
-    except BaseException as error:
-        for handle in (lock, blocks):
-            with suppress(OSError):
-                os.close(handle)
-        if isinstance(error, OSError):
-            raise CacheError(f"the cache: {explain_os_error(error, directory)}") from error
-        raise
+    except OSError as error:
+        raise CacheError(f"the cache: {explain_os_error(error, directory)}") from error
+    finally:
+        fcntl.lockf(lock, fcntl.LOCK_UN, 1, 0)
 
 
 def _own(lock: int, directory: Path) -> int:
@@ -423,7 +452,7 @@ def _num_buckets(num_slots: int) -> int:
 def _in_use(directory: Path, num_slots: int, block_bytes: int) -> CacheError:
     return CacheError(
         f"the cache {directory} is in use with {num_slots} blocks of {human_bytes(block_bytes)}: "
-        "give the same cache_bytes to all that use it at once, or another directory"
+        "give the same cache_bytes to all that use it at once, or another directory (data.remote.cache_dir)"
     )
 
 

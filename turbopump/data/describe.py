@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,15 +20,18 @@ FETCHED_OFFSETS_BYTES = 64 << 20  # of a remote split: more are not fetched to c
 _UNITS = {"bytes": "bytes", "text": "characters"}
 
 
-def describe_dataset(path: Path | str) -> dict[str, Any]:
-    """Schema, splits, sizes, tokenizer and the first values of the dataset at `path`.
+def describe_dataset(path: Path | str, remote: RemoteConfig | None = None) -> dict[str, Any]:
+    """Schema, splits, sizes, tokenizer and the first values of the dataset at `path`; an address is reached as `remote`
+    says, and read without a cache.
 
     `splits[name]` has `rows`, `bytes` (on disk), `shards` and, for tokens, `source_bytes`, `bytes_per_token`,
     `documents`, `document_sizes` (a list of (largest size in tokens, documents), in powers of two) and `sample` (the
     first tokens decoded); for arrays `sample` is the first row as text, and `sizes` the rows by length (not of
     large remote splits: that would fetch all offsets). Raises `DatasetError` or `CorruptDataError`.
     """
-    dataset = open_dataset(path, remote=RemoteConfig(cache_bytes=0) if is_url(path) else None)
+    if is_url(path):
+        remote = replace(remote or RemoteConfig(), cache_bytes=0)
+    dataset = open_dataset(path, remote=remote)
     manifest = dataset.manifest
     tokenizer = manifest.tokenizer
     return {

@@ -19,8 +19,9 @@ from typing import Any, Literal
 
 import numpy as np
 
-from turbopump.core.errors import ConfigError, CorruptDataError, DatasetError, RemoteError
+from turbopump.core.errors import ConfigError, CorruptDataError, DatasetError, UsageError
 from turbopump.core.files import digest, new_digest
+from turbopump.data.addresses import address_problem
 from turbopump.data.manifest import Manifest, ShardEntry, SplitEntry, read_manifest, sums_name
 from turbopump.data.ragged import Ragged
 from turbopump.data.ranges import RangeReader
@@ -103,9 +104,10 @@ def open_dataset(path: Path | str, reading: Reading = "auto", remote: RemoteConf
     manifest, shard missing or cut short).
     """
     if is_url(path):
+        dataset = _open_remote(str(path), remote or RemoteConfig())
         if reading != "auto":
             warnings.warn(f"data.reading = {reading!r} has no effect on {path}: leave it out", stacklevel=2)
-        return _open_remote(str(path), remote or RemoteConfig())
+        return dataset
     if remote is not None and remote != RemoteConfig():
         warnings.warn(f"data.remote has no effect on {path}, which is no address: leave it out", stacklevel=2)
     path = Path(path)
@@ -122,6 +124,8 @@ def open_dataset(path: Path | str, reading: Reading = "auto", remote: RemoteConf
 
 
 def _open_remote(url: str, remote: RemoteConfig) -> Dataset:
+    if problem := address_problem(url):
+        raise UsageError(problem)
     if problems := remote.problems():
         raise ConfigError([f"data.{problem}" for problem in problems], url)
     files = RemoteFiles(url, remote)
@@ -168,7 +172,7 @@ def verify_dataset(
             try:
                 with dataset.files.held(shard) if isinstance(dataset.files, RemoteFiles) else nullcontext():
                     problems += _problems(dataset, data, number)
-            except (CorruptDataError, RemoteError) as error:
+            except DatasetError as error:
                 problems.append(str(error))
             if dataset.remote:
                 data.release(number)

@@ -174,10 +174,11 @@ class RemoteReader:
         return {**self._counts, **retries, "ahead_blocks": float(len(self._ahead))}
 
     def close(self) -> None:
-        """Stop fetching and end the store's helper; what is in the cache stays."""
+        """Stop fetching, end the store's helper and close the cache; what is in it stays."""
         if self._pid == os.getpid():
             self.forget()
             self._store.close()
+        self._cache.close()
 
     # ---- which blocks -------------------------------------------------------------------------------------------
 

@@ -21,20 +21,23 @@ from pathlib import Path
 import numpy as np
 
 from turbopump.core.config import NonNegativeInt, PositiveFloat, PositiveInt, setting
-from turbopump.core.errors import CacheError, CorruptDataError
+from turbopump.core.errors import CacheError, CorruptDataError, DatasetError
 from turbopump.core.units import human_bytes
+from turbopump.data.addresses import address_problem, query_from_environment
 from turbopump.data.block_cache import BLOCK_BYTES, BlockCache, bytes_of_cache, default_directory, slots_there
 from turbopump.data.manifest import MANIFEST_NAME, Manifest, ShardEntry, parse_manifest
 from turbopump.data.ranges import RangeReader
 from turbopump.data.remote import RemoteReader
 from turbopump.data.remote_direct import DirectReader
 from turbopump.data.stores import Store, open_store
+from turbopump.hardware.detect import available_bytes
 
 PIECE_BYTES = 8 << 20  # the most that one request for a part asks for
 PIECES_AT_ONCE = 16
 CACHE_BYTES = 8 << 30
 CACHE_SHARE = 0.9  # of the free disk: what the cache may fill
-_SECRETS = ("secret", "password", "token", "access_key", "account_key", "sas")
+_SECRETS = ("secret", "password", "token", "access_key", "account_key", "master_key", "encryption_key", "key_base64",
+            "sas")  # fmt: skip
 Part = tuple[str, int, int]  # file, offset, bytes
 
 
@@ -51,16 +54,22 @@ class RemoteConfig:
     options: Mapping[str, str] = setting(
         dict, "further settings of the client, e.g. `region`; credentials belong in the environment"
     )
+    query_env: str = setting(
+        "", "environment variable that holds a query for every request, e.g. a SAS token (`sv=...&sig=...`)"
+    )
     request_s: PositiveFloat = setting(60.0, "seconds a request may take before it is made again")
     stall_s: PositiveFloat = setting(10.0, "seconds without a byte before a request is made again")
     retry_s: PositiveFloat = setting(120.0, "seconds a request is made again and again before that is an error")
     max_tries: PositiveInt = setting(10, "times a request is made before that is an error")
 
-    def problems(self) -> list[str]:
-        """Options that hold a secret: a run writes its settings down."""
-        return [
-            f"remote.options.{name}: a credential does not belong into a recipe: give it in the environment, e.g. "
-            "AWS_SECRET_ACCESS_KEY"
+    def problems(self, path: str = "") -> list[str]:
+        """What is wrong with the address `path` and its server, and options that hold a secret: a run writes its
+        settings down."""
+        found = [("path", address_problem(path))] if is_url(path) else []
+        found += [("remote.endpoint", address_problem(self.endpoint, ("http", "https")))] if self.endpoint else []
+        return [f"{name}: {problem}" for name, problem in found if problem] + [
+            f"remote.options.{name}: a credential does not belong into settings, which are written down: give it in "
+            "the environment, e.g. AWS_SECRET_ACCESS_KEY"
             for name in self.options
             if any(word in name.lower() for word in _SECRETS)
         ]
@@ -80,18 +89,19 @@ class RemoteFiles:
     def __init__(self, url: str, remote: RemoteConfig) -> None:
         self.url, self._remote = url.rstrip("/"), remote
         self._stores: list[Store] = [self._open_store()]
-        self._given = False  # whether a reader has the first store: two readers need memory of their own
+        self._readers: list[RemoteReader | DirectReader] = []  # each with a store, for its memory, the first with ours
         self._held: tuple[str, np.ndarray] | None = None
 
     def _open_store(self) -> Store:
         remote = self._remote
         limits = {name: getattr(remote, name) for name in ("request_s", "stall_s", "retry_s", "max_tries")}
         options = {**remote.options, **({"endpoint": remote.endpoint} if remote.endpoint else {})}
-        return open_store(self.url, anonymous=remote.anonymous, limits=limits, **options)
+        query = query_from_environment(remote.query_env) if remote.query_env else ""
+        return open_store(self.url, anonymous=remote.anonymous, query=query, limits=limits, **options)
 
     def close(self) -> None:
-        for store in self._stores:
-            store.close()
+        for opened in (*self._readers, *self._stores):
+            opened.close()
 
     def location(self, file: str) -> str:
         return f"{self.url}/{file}"
@@ -116,6 +126,11 @@ class RemoteFiles:
             yield _joined(*waiting.popleft())
 
     def _pieces(self, file: str, offset: int, size: int) -> list[Future[bytes]]:
+        if size > (free := available_bytes()):
+            raise DatasetError(
+                f"{self.location(file)}: by the manifest {human_bytes(size)} of it are to be in memory, where "
+                f"{human_bytes(free)} are free: pack into smaller shards, or do not trust the manifest"
+            )
         end = offset + size
         return [
             self._stores[0].start_range(file, begin, min(begin + PIECE_BYTES, end))
@@ -153,12 +168,12 @@ class RemoteFiles:
 
     def reader(self, manifest: Manifest) -> RangeReader:
         """What fetches ranges of the shards."""
-        if self._given:
+        if self._readers:
             self._stores.append(self._open_store())
-        self._given = True
-        store = self._stores[-1]
-        return RemoteReader(store, _open_cache(manifest, self._remote)) if self._remote.cache_bytes else (
-            DirectReader(store))  # fmt: skip
+        store, remote = self._stores[-1], self._remote
+        reader = RemoteReader(store, _open_cache(manifest, remote)) if remote.cache_bytes else DirectReader(store)
+        self._readers.append(reader)
+        return reader
 
 
 def _joined(size: int, pieces: list[Future[bytes]]) -> np.ndarray:

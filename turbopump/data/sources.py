@@ -69,7 +69,7 @@ class TokensConfig:
 
     def problems(self) -> list[str]:
         """What does not hold between the settings."""
-        return self.remote.problems()
+        return self.remote.problems(self.path)
 
 
 class _Packed:
@@ -200,7 +200,7 @@ class ArraysConfig:
 
     def problems(self) -> list[str]:
         """What does not hold between the settings."""
-        return self.remote.problems()
+        return self.remote.problems(self.path)
 
 
 class ArraysSource(_Packed):

@@ -28,9 +28,11 @@ import obstore
 from obstore import exceptions
 from obstore.store import from_url
 
+from turbopump.data.addresses import masked
 from turbopump.data.processes import become_helper
 
 LENGTH = struct.Struct("<I")
+GZIP = b"\x1f\x8b"
 _LONGEST_DELAY_S = 10.0
 _THROTTLED = (
     "status code: 503",
@@ -85,7 +87,8 @@ class Limits(msgspec.Struct):
 
 
 class Settings(msgspec.Struct):
-    """What the process is started with. `memory_bytes` of shared memory are at file descriptor `memory`."""
+    """What the process is started with. `memory_bytes` of shared memory are at file descriptor `memory`. `query` goes
+    with every request, and is masked in every answer."""
 
     url: str
     config: dict[str, Any]
@@ -93,9 +96,14 @@ class Settings(msgspec.Struct):
     limits: Limits
     memory: int
     memory_bytes: int
+    query: str = ""
 
 
 class _WrongLengthError(Exception):
+    pass
+
+
+class _CompressedError(ValueError):
     pass
 
 
@@ -103,7 +111,8 @@ class StoreServer:
     """Answers requests of one store; `answer` never raises."""
 
     def __init__(self, settings: Settings) -> None:
-        limits = self._limits = settings.limits
+        limits, self._query = settings.limits, settings.query
+        self._limits = limits
         self._paused_until = 0.0
         self._memory = memoryview(mmap.mmap(settings.memory, settings.memory_bytes))
         if settings.url.startswith("file:"):
@@ -115,9 +124,14 @@ class StoreServer:
             **settings.client,
         }
         options: dict[str, Any] = {"client_options": client, "retry_config": {"max_retries": 0}}
-        if settings.config:
-            options["config"] = settings.config
-        self._store = from_url(settings.url, **options)
+        url, config = settings.url, settings.config
+        if self._query and url.startswith("az:"):
+            config = {**config, "sas_key": self._query}
+        elif self._query:
+            url = f"{url}?{self._query}"
+        if config:
+            options["config"] = config
+        self._store = from_url(url, **options)
 
     async def answer(self, request: Request) -> Answer:
         work: Callable[[Request], Awaitable[Any]] = {
@@ -137,10 +151,10 @@ class StoreServer:
             except TimeoutError:
                 answer.error = f"no complete answer in {self._limits.request_s:g} s"
             except _FINAL as error:
-                answer.error, answer.final = _said(error), True
+                answer.error, answer.final = _said(error, self._query), True
                 return answer
             except Exception as error:  # whatever else comes out of the library is the server's or the network's
-                answer.error = _said(error)
+                answer.error = _said(error, self._query)
             delay = min(_LONGEST_DELAY_S, self._limits.first_delay_s * 2**answer.tries) * random.random()
             if any(word in answer.error for word in _THROTTLED):
                 answer.throttled += 1
@@ -152,6 +166,10 @@ class StoreServer:
     async def _get(self, request: Request) -> bytes:
         found = await obstore.get_async(self._store, request.key)
         data = bytes(await found.bytes_async())
+        if found.attributes.get("Content-Encoding", "identity") != "identity" and data[:2] == GZIP:
+            raise _CompressedError(
+                "the server sent it compressed (Content-Encoding): store and serve the files of a dataset as they are"
+            )
         if len(data) != found.meta["size"]:
             raise _WrongLengthError(f"{len(data)} bytes came of an object of {found.meta['size']}")
         return data
@@ -176,9 +194,13 @@ class StoreServer:
         return found
 
 
-def _said(error: BaseException) -> str:
-    """What a person can use of an error of the library: its first paragraph, in one line."""
+def _said(error: BaseException, query: str) -> str:
+    """What a person can use of an error of the library: its first paragraph, in one line, without the query."""
     text = " ".join(str(error).split("\n\nDebug source")[0].split()) or type(error).__name__
+    if query:
+        text = masked(text, query)
+        if "error sending request" in text:
+            text += " (the server is not there, or redirects to another one, which is not followed with a query)"
     return text if len(text) <= 600 else text[:600] + "..."
 
 
@@ -190,7 +212,7 @@ async def serve(settings: Settings) -> None:
     try:
         server = StoreServer(settings)
     except Exception as error:  # an option of the wrong name or form
-        _write(encode(Answer(-1, error=_said(error), final=True)))
+        _write(encode(Answer(-1, error=_said(error, settings.query), final=True)))
         return
 
     def receive() -> None:

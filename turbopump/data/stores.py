@@ -30,8 +30,14 @@ from urllib.parse import urlsplit
 import msgspec
 
 from turbopump.core.errors import MissingDependencyError, RemoteError, UsageError
+from turbopump.data.addresses import address_problem, check_query, default_query, to_one_host
 
-SCHEMES = ("s3", "gs", "az", "http", "https", "file")
+# Where a store takes its server from: the option, and the variables of the environment that obstore reads.
+_ENDPOINTS = {
+    "s3": ("endpoint", "AWS_ENDPOINT_URL"),
+    "gs": ("base_url", "GOOGLE_BASE_URL"),
+    "az": ("endpoint", "AZURE_STORAGE_ENDPOINT"),
+}
 MEMORY_BYTES = 128 << 20  # room for ranges under way; pages that were never used cost nothing
 _LENGTH_BYTES = 4
 
@@ -53,31 +59,40 @@ class Limits(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 def open_store(
-    url: str, *, anonymous: bool = False, limits: Mapping[str, float] | None = None, **options: Any
+    url: str, *, anonymous: bool = False, query: str = "", limits: Mapping[str, float] | None = None, **options: Any
 ) -> Store:
     """The store at `url` (s3://, gs://, az://, http://, https:// or file://, with an optional prefix).
 
-    `anonymous` asks public buckets without credentials. `limits` are fields of `Limits`. `options` go to obstore as
-    they are: `endpoint`, `region`, `access_key_id`, ..., and `client_options` (a proxy, a root certificate). What is
-    not given, obstore takes from the usual environment (AWS_ACCESS_KEY_ID, AWS_REGION, AWS_ENDPOINT_URL, GOOGLE_...,
-    AZURE_...). Raises `UsageError` for another scheme or wrong limits, `MissingDependencyError` without obstore.
+    `anonymous` asks public buckets without credentials. `query` (`sv=...&sig=...`; az, http and https) goes with every
+    request, see `addresses`. `limits` are fields of `Limits`. `options` go to obstore as they are: `endpoint`,
+    `region`, `account_name`, ..., and `client_options` (a proxy, a root certificate). What is not given, obstore takes
+    from the usual environment (AWS_ACCESS_KEY_ID, AWS_REGION, AWS_ENDPOINT_URL, GOOGLE_..., AZURE_...). Raises
+    `UsageError` for another scheme, a query of one file or wrong limits, `MissingDependencyError` without obstore.
     """
-    parts = urlsplit(url)
-    if parts.scheme not in SCHEMES or not (parts.netloc or (parts.scheme == "file" and parts.path)):
-        raise UsageError(f"{url!r} is no address of a store: allowed are {', '.join(f'{s}://...' for s in SCHEMES)}")
+    if problem := address_problem(url):
+        raise UsageError(problem)
+    scheme = urlsplit(url).scheme
     if importlib.util.find_spec("obstore") is None:
-        raise MissingDependencyError("obstore", "remote", f"reading {parts.scheme}://")
+        raise MissingDependencyError("obstore", "remote", f"reading {scheme}://")
     try:
         checked = msgspec.convert(dict(limits or {}), Limits, strict=False)
     except (msgspec.ValidationError, ValueError) as error:
         raise UsageError(f"limits of {url}: {error}; fields are {', '.join(Limits.__struct_fields__)}") from error
     client = dict(options.pop("client_options", {}))
-    plain = str(options.get("endpoint") or os.environ.get("AWS_ENDPOINT_URL", "") if parts.scheme == "s3" else url)
-    if plain.startswith("http://"):  # who names an address without TLS means it
+    option, variable = _ENDPOINTS.get(scheme, ("", ""))
+    endpoint = str(options.pop("endpoint", "") or options.pop(option, "") or os.environ.get(variable, ""))
+    if endpoint and option:
+        if problem := address_problem(endpoint, ("http", "https")):
+            raise UsageError(f"endpoint of {url}: {problem}")
+        options[option] = endpoint
+    if (endpoint or url).startswith("http://"):  # who names an address without TLS means it
         client.setdefault("allow_http", True)
-    if anonymous and parts.scheme in ("s3", "gs", "az"):
+    if anonymous and scheme in _ENDPOINTS:
         options["skip_signature"] = True
-    return Store(url.rstrip("/"), options, client, checked)
+    elif query := query or default_query(scheme):
+        check_query(query, scheme)
+        client |= to_one_host(url, endpoint, client)
+    return Store(url.rstrip("/"), options, client, checked, query)
 
 
 class Store:
@@ -86,10 +101,13 @@ class Store:
     `statistics`: requests (tries included), tries beyond the first, answers that said to slow down, bytes.
     """
 
-    def __init__(self, url: str, config: dict[str, Any], client: dict[str, Any], limits: Limits) -> None:
+    def __init__(
+        self, url: str, config: dict[str, Any], client: dict[str, Any], limits: Limits, query: str = ""
+    ) -> None:
         self.url = url
         self.statistics = {"requests": 0, "retries": 0, "throttled": 0, "bytes": 0}
-        self._settings = {"url": url, "config": config, "client": client, "limits": msgspec.to_builtins(limits)}
+        self._settings = {"url": url, "config": config, "client": client, "limits": msgspec.to_builtins(limits),
+                          "query": query}  # fmt: skip
         self._helper: _Helper | None = None
         self._memory: tuple[int, memoryview] | None = None
         self._lock = threading.Lock()
@@ -209,7 +227,8 @@ class _Helper:
             raise RemoteError(f"{store.url}: the process that reads it cannot be started: {error}") from error
         settings = {**store._settings, "memory": memory, "memory_bytes": MEMORY_BYTES}
         self._write(msgspec.msgpack.encode(settings))
-        threading.Thread(target=self._hand_out, name=f"answers of {store.url}", daemon=True).start()
+        self._thread = threading.Thread(target=self._hand_out, name=f"answers of {store.url}", daemon=True)
+        self._thread.start()
 
     def send(self, op: str, *arguments: Any) -> Future[Any]:
         future: Future[Any] = Future()
@@ -229,6 +248,8 @@ class _Helper:
         with suppress(OSError):
             self._process.kill()
         self._process.wait()
+        if threading.current_thread() is not self._thread:  # what has come is handed out before `close` returns
+            self._thread.join(timeout=1)
 
     def leave_to_parent(self) -> None:
         """In a forked child: let go of the pipes, without a word to the process at their other end."""
