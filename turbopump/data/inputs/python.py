@@ -18,9 +18,21 @@ import pyarrow as pa
 from turbopump.core.errors import DatasetError, UsageError
 from turbopump.data.inputs.arrays import chunks_of_arrays, field_of_array
 from turbopump.data.inputs.columns import chunks_of_batch, class_names_of, fields_of_schema
-from turbopump.data.inputs.protocol import LOOK_BYTES, LOOK_ROWS, Chunk, Keys, Partition, Selection, cut
-from turbopump.data.inputs.rows import Row, chunk_of_rows, fields_of_rows, grouped
+from turbopump.data.inputs.protocol import (
+    LOOK_BYTES,
+    LOOK_ROWS,
+    Chunk,
+    Keys,
+    Partition,
+    Selection,
+    cut,
+    num_rows_of,
+)
+from turbopump.data.inputs.rows import Row, chunk_of_rows, column_of_values, fields_of_rows, grouped
 from turbopump.data.manifest import Field
+
+GROUP_BYTES = 1 << 19  # of samples stacked at once: still in the processor's cache when they are copied to their shard
+_PLAIN = ({bytes}, {str})
 
 
 @dataclass
@@ -111,18 +123,14 @@ def _from_arrays(arrays: dict[str, np.ndarray], selection: Selection) -> PythonI
     return made
 
 
-def _records(source: Any) -> Iterator[Row]:
+def _records(source: Any) -> Iterator[Any]:
     if isinstance(source, (str, bytes)):
         raise UsageError("one text is no dataset: give an iterable of texts, or the path of a file")
     if hasattr(source, "__len__") and hasattr(source, "__getitem__") and not isinstance(source, Mapping):
-        records: Iterator[Any] = (source[i] for i in range(len(source)))
-    elif hasattr(source, "__iter__") and not isinstance(source, Mapping):
-        records = iter(source)
-    else:
-        raise UsageError(
-            f"cannot pack a {type(source).__name__}: give paths, arrays, a table, or an iterable of samples"
-        )
-    return map(_row, records)
+        return (source[i] for i in range(len(source)))
+    if hasattr(source, "__iter__") and not isinstance(source, Mapping):
+        return iter(source)
+    raise UsageError(f"cannot pack a {type(source).__name__}: give paths, arrays, a table, or an iterable of samples")
 
 
 def _row(sample: Any) -> Row:
@@ -150,35 +158,75 @@ def _named(sample: Sequence[Any]) -> dict[str, Any]:
     return dict(zip(names, sample, strict=False))
 
 
-def _from_rows(records: Iterator[Row], selection: Selection) -> PythonInput:
-    chosen = _selected(records, selection)
-    look: list[Row] = []
+def _from_rows(samples: Iterator[Any], selection: Selection) -> PythonInput:
+    look: list[Any] = []
+    rows: list[Row] = []
     look_bytes = 0
-    while len(look) < LOOK_ROWS and look_bytes < LOOK_BYTES and (row := next(chosen, None)) is not None:
-        look.append(row)
-        look_bytes += _bytes_of_row(row)
+    for sample in samples:
+        look.append(sample)
+        rows.append(_selected(sample, len(rows), selection))
+        look_bytes += _bytes_of_row(rows[-1])
+        if len(look) >= LOOK_ROWS or look_bytes >= LOOK_BYTES:
+            break
     if not look:
         raise UsageError("nothing to pack: the source holds no record")
-    fields = fields_of_rows(look, lambda i: f"sample {i}")
+    fields = fields_of_rows(rows, lambda i: f"sample {i}")
+    every = itertools.chain(look, samples)
+    types = set(map(type, look))
+    chunks = _plain_chunks(every, types.pop(), fields[0]) if types in _PLAIN else _row_chunks(every, fields, selection)
 
-    def chunks() -> Iterator[tuple[Chunk, Keys]]:
+    def selected() -> Iterator[tuple[Chunk, Keys]]:
         row = 0
-        rows = itertools.chain(look, chosen)
-        for sized in grouped((item, None, _bytes_of_row(item)) for item in rows):
-            group = [item for item, _, _ in sized]
-            chunk = chunk_of_rows(group, fields, lambda i: f"sample {row + i}")  # noqa: B023 - used before row changes
-            yield from cut(*selection.apply(chunk, np.arange(row, row + len(group), dtype=np.uint64)))
-            row += len(group)
+        for chunk in chunks:
+            rows = num_rows_of(chunk)
+            yield from cut(*selection.apply(chunk, np.arange(row, row + rows, dtype=np.uint64)))
+            row += rows
 
-    return PythonInput(selection.fields(fields), chunks())
+    return PythonInput(selection.fields(fields), selected())
+
+
+def _row_chunks(samples: Iterator[Any], fields: Sequence[Field], selection: Selection, first: int = 0) -> Iterator[Chunk]:
+    """Samples of any kind, the first of them number `first`."""
+    rows = (_selected(sample, number, selection) for number, sample in enumerate(samples, first))
+    for sized in grouped(((row, None, _bytes_of_row(row)) for row in rows), GROUP_BYTES):
+        begin = first
+        yield chunk_of_rows([row for row, _, _ in sized], fields, lambda i: f"sample {begin + i}")  # noqa: B023
+        first += len(sized)
+
+
+def _plain_chunks(samples: Iterator[Any], kind: type, item: Field) -> Iterator[Chunk]:
+    """Samples that are bytes or text: no mapping is made of each. Others among them are made rows."""
+    number = 0
+    for group in _plain_groups(samples, kind):
+        begin = number
+        if type(group[-1]) is kind:  # only the last may be another
+            yield {item.name: column_of_values(item, group, lambda i: f"sample {begin + i}")}  # noqa: B023
+        else:
+            yield from _row_chunks(iter(group), (item,), Selection(), begin)
+        number += len(group)
+
+
+def _plain_groups(samples: Iterator[Any], kind: type) -> Iterator[list[Any]]:
+    """Consecutive samples of about `GROUP_BYTES`; one of another type than `kind` ends its group."""
+    group: list[Any] = []
+    size = 0
+    for sample in samples:
+        group.append(sample)
+        size += 8 + len(sample) if type(sample) is kind else GROUP_BYTES  # 8: of the offset
+        if size >= GROUP_BYTES:
+            yield group
+            group, size = [], 0
+    if group:
+        yield group
 
 
 def _bytes_of_row(row: Row) -> int:
     return sum(getattr(value, "nbytes", len(value) if isinstance(value, (str, bytes)) else 8) for value in row.values())
 
 
-def _selected(records: Iterator[Row], selection: Selection) -> Iterator[Row]:
-    for number, row in enumerate(records):
-        if selection.needed or selection.key is not None:
-            selection.check(list(row), f"sample {number}")
-        yield {name: row[name] for name in selection.needed} if selection.needed else row
+def _selected(sample: Any, number: int, selection: Selection) -> Row:
+    """The columns that are needed of a sample."""
+    row = _row(sample)
+    if selection.needed or selection.key is not None:
+        selection.check(list(row), f"sample {number}")
+    return {name: row[name] for name in selection.needed} if selection.needed else row
