@@ -31,7 +31,7 @@ from turbopump.data.inputs.protocol import (
 from turbopump.data.inputs.rows import Row, chunk_of_rows, column_of_values, fields_of_rows, grouped
 from turbopump.data.manifest import Field
 
-GROUP_BYTES = 1 << 19  # of samples stacked at once: still in the processor's cache when they are copied to their shard
+GROUP_BYTES = 1 << 20  # of samples stacked at once: freed soon enough for the allocator to use the memory again
 _PLAIN = ({bytes}, {str})
 
 
