@@ -41,8 +41,7 @@ class _Column:
     """Rows of one field that wait for their shard to be full: its buffers as they are stored."""
 
     def __init__(self, item: Field, pool: Pool) -> None:
-        self._fixed = item.fixed
-        self.buffers = (Pieces(pool),) if item.fixed else (Pieces(pool), Pieces(pool))
+        self.buffers = [Pieces(pool) for _ in range(1 if item.fixed else 2)]  # of values; of offsets and values
         self._values = 0
 
     def append(self, column: Column) -> None:

@@ -30,6 +30,7 @@ def write_parts(handle: int, parts: Sequence[Part]) -> tuple[str, np.ndarray]:
 
 
 def reference(handle: int, parts: Sequence[Part]) -> tuple[str, np.ndarray]:
+    """What shard_file.cpp is tested against, and what writes where it cannot be compiled."""
     whole = new_digest()
     sums = [np.empty(0, np.uint64)]
     for data, block_bytes in parts:
@@ -37,17 +38,19 @@ def reference(handle: int, parts: Sequence[Part]) -> tuple[str, np.ndarray]:
             sums.append(kernels().sums(data, block_bytes))
         whole.update(data)
         while len(data):
-            data = data[os.write(handle, data) :]
+            data = data[os.write(handle, data.data) :]
     return whole.hexdigest(), np.concatenate(sums)
 
 
 @cache
 def _writer() -> Write:
     library = native.load("shard_file")
-    return reference if library is None else _Compiled(library)
+    return reference if library is None else Compiled(library)
 
 
-class _Compiled:
+class Compiled:
+    """shard_file.cpp."""
+
     def __init__(self, library: ctypes.CDLL) -> None:
         self._write = library.tp_write
         self._write.argtypes = (ctypes.c_int64, ctypes.c_int64, *(ctypes.c_void_p,) * 5)

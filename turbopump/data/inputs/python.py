@@ -185,7 +185,9 @@ def _from_rows(samples: Iterator[Any], selection: Selection) -> PythonInput:
     return PythonInput(selection.fields(fields), selected())
 
 
-def _row_chunks(samples: Iterator[Any], fields: Sequence[Field], selection: Selection, first: int = 0) -> Iterator[Chunk]:
+def _row_chunks(
+    samples: Iterator[Any], fields: Sequence[Field], selection: Selection, first: int = 0
+) -> Iterator[Chunk]:
     """Samples of any kind, the first of them number `first`."""
     rows = (_selected(sample, number, selection) for number, sample in enumerate(samples, first))
     for sized in grouped(((row, None, _bytes_of_row(row)) for row in rows), GROUP_BYTES):
@@ -194,7 +196,7 @@ def _row_chunks(samples: Iterator[Any], fields: Sequence[Field], selection: Sele
         first += len(sized)
 
 
-def _plain_chunks(samples: Iterator[Any], kind: type, item: Field) -> Iterator[Chunk]:
+def _plain_chunks(samples: Iterator[Any], kind: type[Any], item: Field) -> Iterator[Chunk]:
     """Samples that are bytes or text: no mapping is made of each. Others among them are made rows."""
     number = 0
     for group in _plain_groups(samples, kind):
@@ -206,7 +208,7 @@ def _plain_chunks(samples: Iterator[Any], kind: type, item: Field) -> Iterator[C
         number += len(group)
 
 
-def _plain_groups(samples: Iterator[Any], kind: type) -> Iterator[list[Any]]:
+def _plain_groups(samples: Iterator[Any], kind: type[Any]) -> Iterator[list[Any]]:
     """Consecutive samples of about `GROUP_BYTES`; one of another type than `kind` ends its group."""
     group: list[Any] = []
     size = 0
