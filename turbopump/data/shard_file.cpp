@@ -1,8 +1,8 @@
 // A shard to the disk: one pass over its bytes that takes the checksums of blocks, the digest of the file, and writes.
 // The Python reference is shard_file.py.
 //
-// One call without the GIL for a whole shard: a thread that comes back to Python between small steps waits each time for
-// the thread that reads the input, up to the 5 ms it may hold the lock (measured; docs/log.md). Each step is hashed and
+// One call without the GIL for a whole shard: a thread that comes back to Python between small steps may wait each time
+// for the thread that reads the input, which can hold the lock for 5 ms. Each step is hashed and
 // written while it is in the cache, and its write-back is begun, so that the disk works beside the hashing.
 
 #include <cerrno>
