@@ -50,6 +50,17 @@ def commit(staging, parts):
     return staging.commit(parts, kind="arrays", fields=FIELDS, sources=["made"])
 
 
+def test_rows_may_be_changed_once_they_are_appended(tmp_path):
+    numbers, texts = part_columns(3)
+    with DatasetWriter(tmp_path / "data", kind="arrays", fields=FIELDS, shard_bytes=4096) as writer:
+        for _ in range(2):
+            writer.append("train", [numbers, texts])
+            numbers[:] += 1
+        writer.finish()
+    data = open_dataset(tmp_path / "data").data("train")
+    assert np.array_equal(data.rows(0, np.arange(len(data))), np.concatenate([numbers - 2, numbers - 1]))
+
+
 def test_parts_in_any_order_give_the_same_bytes(tmp_path):
     digests = set()
     for trial, order in enumerate([range(7), reversed(range(7)), [3, 0, 6, 1, 5, 2, 4]]):

@@ -38,11 +38,11 @@ def load(name: str) -> ctypes.CDLL | None:
                 _compile(source, library)
             return ctypes.CDLL(str(library))
         except _NoCompilerError as error:
-            warnings.warn(f"{error}: reading goes on in Python, several times slower", RuntimeWarning, stacklevel=2)
+            warnings.warn(f"{error}: {name} goes on in Python, several times slower", RuntimeWarning, stacklevel=2)
             return None
         except OSError:
             continue  # a directory that cannot be written or executed from
-    warnings.warn(f"no directory to keep the compiled {name}: reading goes on in Python", RuntimeWarning, stacklevel=2)
+    warnings.warn(f"no directory to keep the compiled {name}: it goes on in Python", RuntimeWarning, stacklevel=2)
     return None
 
 

@@ -19,7 +19,8 @@ import numpy as np
 from turbopump.core.errors import DatasetError, UsageError
 from turbopump.core.files import digest, digest_file, explain_os_error, to_json
 from turbopump.data.manifest import DTYPES, Field, ShardEntry, SplitEntry, check_file_name
-from turbopump.data.ragged import Ragged, joined
+from turbopump.data.pieces import Pieces, Pool, pool_for
+from turbopump.data.ragged import Ragged
 from turbopump.data.shard import Column, write_shard
 
 BLOCK_BYTES = 1 << 12  # of one checksum: a page, so that a random read need not fetch much more than its rows
@@ -36,11 +37,29 @@ class PartEntry:
     skipped: int = 0
 
 
+class _Column:
+    """Rows of one field that wait for their shard to be full: its buffers as they are stored."""
+
+    def __init__(self, item: Field, pool: Pool) -> None:
+        self.buffers = [Pieces(pool) for _ in range(1 if item.fixed else 2)]  # of values; of offsets and values
+        self._values = 0
+
+    def append(self, column: Column) -> None:
+        if isinstance(column, np.ndarray):
+            self.buffers[0].append(column)
+            return
+        offsets, values = self.buffers
+        begin = column.offsets[0]
+        offsets.append(column.offsets[bool(offsets.size) :] + (self._values - begin))
+        values.append(column.values[begin : column.offsets[-1]])
+        self._values += int(column.offsets[-1] - begin)
+
+
 @dataclass
 class _Pending:
-    """Rows of one split that wait for their shard to be full, as a list of blocks a field."""
+    """The shard of one split that is being gathered, and what its shards before it were."""
 
-    parts: list[list[Column]]
+    columns: list[_Column]
     rows: int = 0
     bytes: int = 0
     shards: list[ShardEntry] = field(default_factory=list)
@@ -61,6 +80,8 @@ class PartWriter:
         self._shown = shown or staging  # what errors name
         self.fields = checked_fields(fields)
         self._shard_bytes, self._block_bytes = shard_bytes, block_bytes
+        num_buffers = sum(1 if item.fixed else 2 for item in self.fields)
+        self._pool = pool_for(shard_bytes, block_bytes, num_buffers)
         self._splits: dict[str, _Pending] = {}
         self._thread: ThreadPoolExecutor | None = None
         self._writing: Future[None] | None = None
@@ -73,7 +94,7 @@ class PartWriter:
         source_bytes: int = 0,
         document_sizes: Sequence[int] | np.ndarray = (),
     ) -> None:
-        """Add rows to a split: an array [rows, *shape] or a `Ragged` a field, which must not be changed afterwards."""
+        """Add rows to a split: an array [rows, *shape] or a `Ragged` a field. They are copied."""
         columns = [_checked(item, column) for item, column in zip(self.fields, columns, strict=True)]
         if len({len(column) for column in columns}) != 1:
             raise UsageError(
@@ -81,7 +102,7 @@ class PartWriter:
             )
         if split not in self._splits:
             _check_split(split)
-        pending = self._splits.setdefault(split, _Pending([[] for _ in self.fields]))
+        pending = self._splits.setdefault(split, _Pending(self._empty()))
         pending.source_bytes += source_bytes
         pending.documents += len(document_sizes)
         pending.document_sizes.update((max(1, int(n)) - 1).bit_length() for n in document_sizes)
@@ -92,13 +113,16 @@ class PartWriter:
             fit = int(np.searchsorted(sizes - (sizes[begin - 1] if begin else 0), room, "right"))
             end = max(fit, begin + (not pending.rows))  # a record larger than a shard has one of its own
             if end > begin:
-                for parts, column in zip(pending.parts, columns, strict=True):
-                    parts.append(column[begin:end] if isinstance(column, np.ndarray) else column.rows(begin, end))
+                for waiting, column in zip(pending.columns, columns, strict=True):
+                    waiting.append(column[begin:end] if isinstance(column, np.ndarray) else column.rows(begin, end))
                 pending.rows += end - begin
                 pending.bytes += int(sizes[end - 1] - (sizes[begin - 1] if begin else 0))
             if end < rows or pending.bytes >= self._shard_bytes:
                 self._write(split, pending)
             begin = end
+
+    def _empty(self) -> list[_Column]:
+        return [_Column(item, self._pool) for item in self.fields]
 
     def _row_bytes(self, columns: Sequence[Column]) -> np.ndarray:
         """Bytes of all rows up to and with each."""
@@ -110,17 +134,19 @@ class PartWriter:
         return sizes
 
     def _write(self, split: str, pending: _Pending) -> None:
-        """Hand the rows that wait to the thread that writes: joining, hashing and the disk go on beside the reading."""
+        """Hand the rows that wait to the thread that writes: hashing and the disk go on beside the reading."""
         self._wait()
         file = self._staging / f"part-{self._part:06d}-{len(pending.shards):03d}-{split}.arrow"
         if self._thread is None:
             self._thread = ThreadPoolExecutor(1, "turbopump-writer")
-        self._writing = self._thread.submit(self._store, file, pending.parts, pending)
-        pending.parts, pending.rows, pending.bytes = [[] for _ in self.fields], 0, 0
+        self._writing = self._thread.submit(self._store, file, pending.columns, pending.rows, pending)
+        pending.columns, pending.rows, pending.bytes = self._empty(), 0, 0
 
-    def _store(self, file: Path, parts: Sequence[list[Column]], pending: _Pending) -> None:
-        entry, sums = write_shard(file, self.fields, [_joined(column) for column in parts], self._block_bytes)
-        fsync(file)
+    def _store(self, file: Path, columns: Sequence[_Column], rows: int, pending: _Pending) -> None:
+        buffers = [buffer for column in columns for buffer in column.buffers]
+        entry, sums = write_shard(file, self.fields, rows, buffers, self._block_bytes)
+        for buffer in buffers:
+            buffer.free()
         pending.shards.append(entry)
         pending.sums.append(sums)
 
@@ -168,12 +194,6 @@ class PartWriter:
 
 def sums_file(part: int) -> str:
     return f"part-{part:06d}.sums"
-
-
-def _joined(parts: Sequence[Column]) -> Column:
-    if isinstance(parts[0], Ragged):
-        return joined(parts)  # type: ignore[arg-type]
-    return parts[0] if len(parts) == 1 else np.concatenate(parts)  # type: ignore[arg-type]
 
 
 def _checked(item: Field, column: Column) -> Column:

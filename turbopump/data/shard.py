@@ -8,50 +8,116 @@ and page-sized blocks of checksums meet whole pages of the file.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import io
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from turbopump.core.files import digest, digest_file
-from turbopump.data.gather import kernels
+from turbopump.core.files import digest
 from turbopump.data.manifest import Field, ShardEntry
+from turbopump.data.pieces import Pieces
 from turbopump.data.ragged import Ragged
+from turbopump.data.shard_file import write_parts
 
 PAGE_BYTES = 4096
 Column = np.ndarray | Ragged
 
 
 def write_shard(
-    file: Path, fields: Sequence[Field], columns: Sequence[Column], block_bytes: int
+    file: Path, fields: Sequence[Field], rows: int, buffers: Sequence[Pieces], block_bytes: int
 ) -> tuple[ShardEntry, np.ndarray]:
-    """Write `columns` (arrays [rows, *shape], `Ragged` where rows differ in length) to `file`.
+    """Write `rows` rows to `file`; `buffers`, in the order of the fields: the values of one of fixed rows, the offsets
+    (int64 [rows + 1], from 0 on) and the values of another.
 
-    Returns the shard's entry and the checksums of its blocks, uint64. Raises `OSError`.
+    Returns the shard's entry and the checksums of its blocks, uint64. The file's write-back has begun, and has not
+    ended. Raises `OSError`.
     """
+    sizes = [buffer.size for buffer in buffers]
+    layout = _laid_out(fields, rows, sizes)
+    parts: list[tuple[np.ndarray, int]] = []
+    for segment in layout.segments:
+        if isinstance(segment, bytes):
+            parts.append((np.frombuffer(segment, np.uint8), 0))
+        else:
+            parts += [(piece, block_bytes) for piece in buffers[segment]]
+    with file.open("wb", buffering=0) as sink:
+        whole, sums = write_parts(sink.fileno(), parts)
+    places = tuple(zip(layout.offsets, sizes, strict=True))
+    return ShardEntry(file.name, rows, layout.tell(), whole, digest(sums.data), places), sums
+
+
+class _Layout(io.RawIOBase):
+    """What Arrow writes to it: the bytes around the buffers, and at which place each buffer comes (0 if empty).
+
+    The buffers that Arrow is given are of the right sizes and hold nothing: memory that is never touched, told by its
+    address. What they stand for goes to the disk from where it is, without a copy.
+    """
+
+    def __init__(self, stand_ins: Sequence[np.ndarray]) -> None:
+        self._numbers = {array.ctypes.data: number for number, array in enumerate(stand_ins) if array.nbytes}
+        self.segments: list[bytes | int] = []
+        self.offsets = [0] * len(stand_ins)
+        self._sizes = [array.nbytes for array in stand_ins]
+        self._at = 0
+
+    def write(self, data: Any) -> int:
+        import pyarrow as pa
+
+        buffer = pa.py_buffer(data)
+        number = self._numbers.get(buffer.address)
+        if number is None or buffer.size != self._sizes[number]:
+            self.segments.append(buffer.to_pybytes())
+        else:
+            self.segments.append(number)
+            self.offsets[number] = self._at
+            del self._numbers[buffer.address]
+        self._at += buffer.size
+        return int(buffer.size)
+
+    def tell(self) -> int:
+        return self._at
+
+    def writable(self) -> bool:
+        return True
+
+    def check(self) -> None:
+        if self._numbers:
+            raise RuntimeError("pyarrow wrote copies of the buffers it was given, which hold nothing")
+
+
+def _laid_out(fields: Sequence[Field], rows: int, sizes: Sequence[int]) -> _Layout:
+    """Where the parts of a shard of these rows and sizes of buffers come to lie."""
     import pyarrow as pa
 
+    left = iter(sizes)
+    columns = [_stand_in(field, rows, left) for field in fields]
     arrays = [_arrow(field, column) for field, column in zip(fields, columns, strict=True)]
     types = [pa.field(field.name, array.type, nullable=False) for field, array in zip(fields, arrays, strict=True)]
     padding = 8
     for _ in range(4):  # padded to 8 bytes itself, so that the first guess may miss
         schema = pa.schema(types, metadata=_metadata(fields, padding))
-        offset = _body_offset(schema)
+        layout = _Layout([part for column in columns for part in _parts(column)])
+        with pa.ipc.new_file(layout, schema) as writer:
+            writer.write_batch(pa.record_batch(arrays, schema=schema))
+        layout.check()
+        offset = layout.offsets[0]  # the offsets or the values of the first field: never empty
         if offset % PAGE_BYTES == 0:
             break
         padding += -offset % PAGE_BYTES
-    with file.open("wb") as sink:
-        with pa.ipc.new_file(sink, schema) as writer:
-            writer.write_batch(pa.record_batch(arrays, schema=schema))
-    buffers = _buffers(file, fields)
-    raw = [part for column in columns for part in _parts(column)]
-    sums = [kernels().sums(part, block_bytes) for part in raw]
-    all_sums = np.concatenate(sums)
-    entry = ShardEntry(
-        file.name, len(columns[0]), file.stat().st_size, digest_file(file), digest(all_sums.data), tuple(buffers)
-    )
-    return entry, all_sums
+    return layout
+
+
+def _stand_in(field: Field, rows: int, sizes: Iterator[int]) -> Column:
+    """A column whose buffers have the sizes that come next, with nothing in them but the ends of the offsets."""
+    if field.fixed:
+        next(sizes)
+        return np.empty((rows, *field.shape), field.dtype)
+    offsets = np.empty(next(sizes) // 8, np.int64)
+    values = np.empty((next(sizes) // field.row_bytes, *field.shape), field.dtype)
+    offsets[[0, -1]] = 0, len(values)
+    return Ragged(values, offsets, field.kind)  # type: ignore[arg-type]
 
 
 def not_as_described(
@@ -94,32 +160,6 @@ def _metadata(fields: Sequence[Field], padding: int) -> dict[str, str]:
     return {**shapes, **media, "padding": " " * padding}
 
 
-def _body_offset(schema: Any) -> int:
-    """Where the first buffer of a file of this schema starts: the same for any number of rows but none."""
-    import pyarrow as pa
-
-    sink = pa.BufferOutputStream()
-    arrays = [_one_row(field.type) for field in schema]
-    with pa.ipc.new_file(sink, schema) as writer:
-        writer.write_batch(pa.record_batch(arrays, schema=schema))
-    data = sink.getvalue()
-    first = pa.ipc.open_file(pa.BufferReader(data)).get_batch(0).column(0)
-    return int(_data_buffers(first)[0].address - data.address)
-
-
-def _one_row(kind: Any) -> Any:
-    import pyarrow as pa
-
-    if pa.types.is_large_string(kind) or pa.types.is_large_binary(kind):
-        return pa.array([b"-"], pa.large_binary()).cast(kind)
-    if pa.types.is_large_list(kind):
-        return pa.LargeListArray.from_arrays(np.array([0, 1]), _one_row(kind.value_type))
-    if pa.types.is_fixed_size_list(kind):
-        values = pa.array(np.zeros(kind.list_size, kind.value_type.to_pandas_dtype()))
-        return pa.FixedSizeListArray.from_arrays(values, kind.list_size)
-    return pa.array(np.zeros(1, kind.to_pandas_dtype()))
-
-
 def _arrow(field: Field, column: Column) -> Any:
     import pyarrow as pa
 
@@ -137,32 +177,3 @@ def _numbers(flat: np.ndarray, field: Field) -> Any:
 
     values = pa.array(flat)
     return pa.FixedSizeListArray.from_arrays(values, int(np.prod(field.shape))) if field.shape else values
-
-
-def _buffers(file: Path, fields: Sequence[Field]) -> list[tuple[int, int]]:
-    """(offset in the file, bytes) of the raw buffers of each field."""
-    import pyarrow as pa
-
-    with pa.memory_map(str(file)) as source:
-        base = source.read_buffer(source.size()).address
-        batch = pa.ipc.open_file(source).get_batch(0)
-        found = []
-        for field, column in zip(fields, batch.columns, strict=True):
-            sizes = [batch.num_rows * field.row_bytes]
-            if not field.fixed:
-                offsets = np.frombuffer(_data_buffers(column)[0], np.int64, batch.num_rows + 1)
-                sizes = [offsets.nbytes, int(offsets[-1]) * field.row_bytes]
-            for buffer, size in zip(_data_buffers(column), sizes, strict=True):
-                found.append((int(buffer.address - base) if size else 0, size))
-    return found
-
-
-def _data_buffers(column: Any) -> list[Any]:
-    """The values of a column, or its offsets and its values; the bitmaps of what is null are not ours."""
-    import pyarrow as pa
-
-    buffers = column.buffers()
-    kind = column.type
-    if pa.types.is_large_list(kind) or pa.types.is_large_binary(kind) or pa.types.is_large_string(kind):
-        return [buffers[1], buffers[-1]]
-    return [buffers[-1]]

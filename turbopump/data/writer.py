@@ -13,6 +13,7 @@ import os
 import shutil
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import TracebackType
@@ -29,6 +30,8 @@ from turbopump.core.files import (
 )
 from turbopump.data.manifest import MANIFEST_NAME, Field, Manifest, ShardEntry, SplitEntry, TokenizerEntry, sums_name
 from turbopump.data.part import BLOCK_BYTES, SHARD_BYTES, PartEntry, PartWriter, checked_fields, fsync, sums_file
+
+SYNC_THREADS = 8
 
 _KEY_NAME = "key.json"
 
@@ -174,8 +177,8 @@ class Staging:
                 left.unlink()
 
     def _move_in_place(self) -> None:
-        for file in self.directory.iterdir():
-            fsync(file)
+        with ThreadPoolExecutor(SYNC_THREADS) as pool:  # together they share the file system's commits of its journal
+            list(pool.map(fsync, self.directory.iterdir()))
         fsync_directory(self.directory)
         if self.path.exists():
             check_destination(self.path, self._overwrite)

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from tests.data.inputs.reading import check_partitions, read_all
 from turbopump.core.errors import DatasetError, UsageError
+from turbopump.data.format import open_dataset
 from turbopump.data.inputs.python import from_python
 from turbopump.data.inputs.recognise import open_input
 from turbopump.pack import pack
@@ -255,3 +256,19 @@ def test_any_objects_are_rows_or_a_typed_error(tmp_path_factory, rows, drop, col
     except (DatasetError, UsageError):
         return
     assert len(found) <= len(rows)
+
+
+def test_rows_of_arrays_are_dropped_by_their_nulls_too(tmp_path):
+    rows = [{"x": np.full(3, i), "y": None if i % 3 == 1 else i} for i in range(9)]
+    manifest = pack(iter(rows), tmp_path / "d", nulls="drop", validation=0.0)
+    x, y = open_dataset(tmp_path / "d").data("train").batch(range(6))
+    assert manifest.skipped == 3 and y.tolist() == [0, 2, 3, 5, 6, 8] and (x == y[:, None]).all()
+
+
+def test_a_null_between_texts_is_dropped_or_named(tmp_path):
+    texts = ["a", "b" * 9] * 40_000 + [None, "c"]
+    manifest = pack(iter(texts), tmp_path / "d", tokenizer="none", nulls="drop", validation=0.0)
+    assert (manifest.rows, manifest.skipped) == (80_001, 1)
+    assert open_dataset(tmp_path / "d").data("train").batch([80_000])[0][0] == "c"
+    with pytest.raises(DatasetError, match="sample 80000"):
+        pack(iter(texts), tmp_path / "e", tokenizer="none")

@@ -71,8 +71,25 @@ def test_memory_is_bounded_and_one_pass_is_all():
     (partition,) = source.partitions(1)
     chunk, _ = next(source.read(partition))
     assert len(chunk["n"]) <= 8 and len(made) < 20
+    made.clear()
+    texts = from_python(iter(made.append(i) or b"" for i in range(1 << 20)))
+    next(texts.read(*texts.partitions(1)))
+    assert len(made) < 1 << 18
     with pytest.raises(UsageError, match="read once"):
         source.read(partition)
+
+
+@pytest.mark.parametrize("sample", [b"%d", "%d", "é%d"])
+def test_texts_and_bytes_are_the_same_rows_alone_or_in_mappings(sample):
+    samples = [sample % i * (i % 400) for i in range(6000)]  # several groups, empty ones among them
+    name = "text" if isinstance(sample, str) else "bytes"
+    rows = [{name: value} for value in samples]
+    assert read(from_python(iter(samples))) == read(from_python(iter(rows))) == (rows, list(range(6000)))
+    mixed = [row if i == 4000 else value for i, (row, value) in enumerate(zip(rows, samples, strict=True))]
+    assert read(from_python(iter(mixed)))[0] == rows
+    assert read(from_python(iter(samples[1:9]), key=name))[1] == samples[1:9]
+    with pytest.raises(UsageError, match="sample 0 has no column 'y'"):
+        from_python(iter(samples), columns=["y"])
 
 
 @pytest.mark.parametrize(
@@ -87,6 +104,9 @@ def test_memory_is_bounded_and_one_pass_is_all():
         ([np.zeros(2)] * 2000 + [np.zeros(3)], DatasetError, "sample 2000: 'x' is a ndarray of shape"),
         ([{"a": None}], DatasetError, "sample 0: 'a' is null"),
         ([{"a": {}}], DatasetError, "sample 0: 'a' is a nested object"),
+        ([b"a"] * 3000 + ["b"], DatasetError, "sample 3000 has no 'bytes'"),
+        ([b"a"] * 3000 + [None], DatasetError, "sample 3000 has no 'bytes'"),
+        (["a"] * 3000 + ["\ud800"], DatasetError, "sample 3000: 'text' is not UTF-8"),
         (["fine", "\ud800"], DatasetError, "sample 1: 'text' is not UTF-8"),
         ([{"a": 1 << 70}], DatasetError, "sample 0: 'a' .*does not fit"),
         ([{"a": np.array(["x"])}], DatasetError, "sample 0: 'a' is a ndarray that is no array of numbers"),

@@ -120,7 +120,7 @@ class Selection:
     def kept(self, rows: Iterable[tuple[Mapping[str, Any], Any, int]]) -> Iterator[tuple[Mapping[str, Any], Any, int]]:
         """Of (row, anything, bytes) those without a null, where rows with one are to be left out."""
         for item in rows:
-            if self.dropped is not None and None in item[0].values():
+            if self.dropped is not None and has_null(item[0]):
                 self.dropped.rows += 1
             else:
                 yield item
@@ -135,6 +135,10 @@ class Selection:
         if self.columns and self.key is not None and self.key not in self.columns:
             chunk = {name: column for name, column in chunk.items() if name != self.key}
         return chunk, keys
+
+
+def has_null(row: Mapping[str, Any]) -> bool:
+    return any(value is None for value in row.values())
 
 
 class Input(Protocol):

@@ -18,9 +18,22 @@ import pyarrow as pa
 from turbopump.core.errors import DatasetError, UsageError
 from turbopump.data.inputs.arrays import chunks_of_arrays, field_of_array
 from turbopump.data.inputs.columns import chunks_of_batch, class_names_of, fields_of_schema
-from turbopump.data.inputs.protocol import LOOK_BYTES, LOOK_ROWS, Chunk, Dropped, Keys, Partition, Selection, cut
-from turbopump.data.inputs.rows import Row, chunk_of_rows, fields_of_rows, grouped
+from turbopump.data.inputs.protocol import (
+    LOOK_BYTES,
+    LOOK_ROWS,
+    Chunk,
+    Dropped,
+    Keys,
+    Partition,
+    Selection,
+    cut,
+    has_null,
+)
+from turbopump.data.inputs.rows import Row, chunk_of_rows, column_of_values, fields_of_rows, grouped
 from turbopump.data.manifest import Field
+
+GROUP_BYTES = 1 << 20  # of samples stacked at once: freed soon enough for the allocator to use the memory again
+_PLAIN = ({bytes}, {str})
 
 
 @dataclass
@@ -115,18 +128,14 @@ def _from_arrays(arrays: dict[str, np.ndarray], selection: Selection) -> PythonI
     return made
 
 
-def _records(source: Any) -> Iterator[Row]:
+def _records(source: Any) -> Iterator[Any]:
     if isinstance(source, (str, bytes)):
         raise UsageError("one text is no dataset: give an iterable of texts, or the path of a file")
     if hasattr(source, "__len__") and hasattr(source, "__getitem__") and not isinstance(source, Mapping):
-        records: Iterator[Any] = (source[i] for i in range(len(source)))
-    elif hasattr(source, "__iter__") and not isinstance(source, Mapping):
-        records = iter(source)
-    else:
-        raise UsageError(
-            f"cannot pack a {type(source).__name__}: give paths, arrays, a table, or an iterable of samples"
-        )
-    return map(_row, records)
+        return (source[i] for i in range(len(source)))
+    if hasattr(source, "__iter__") and not isinstance(source, Mapping):
+        return iter(source)
+    raise UsageError(f"cannot pack a {type(source).__name__}: give paths, arrays, a table, or an iterable of samples")
 
 
 def _row(sample: Any) -> Row:
@@ -154,35 +163,74 @@ def _named(sample: Sequence[Any]) -> dict[str, Any]:
     return dict(zip(names, sample, strict=False))
 
 
-def _from_rows(records: Iterator[Row], selection: Selection) -> PythonInput:
-    chosen = _selected(records, selection)
-    look: list[Row] = []
+def _from_rows(samples: Iterator[Any], selection: Selection) -> PythonInput:
+    look: list[Any] = []
+    rows: list[Row] = []
     look_bytes = 0
-    while len(look) < LOOK_ROWS and look_bytes < LOOK_BYTES and (row := next(chosen, None)) is not None:
-        look.append(row)
-        look_bytes += _bytes_of_row(row)
+    for sample in samples:
+        look.append(sample)
+        rows.append(_selected(sample, len(rows), selection))
+        look_bytes += _bytes_of_row(rows[-1])
+        if len(look) >= LOOK_ROWS or look_bytes >= LOOK_BYTES:
+            break
     if not look:
         raise UsageError("nothing to pack: the source holds no record")
-    numbers = [i for i, row in enumerate(look) if selection.dropped is None or None not in row.values()]
+    numbers = [i for i, row in enumerate(rows) if selection.dropped is None or not has_null(row)]
     if not numbers:
         raise DatasetError(f"nothing to pack: each of the first {len(look)} samples has a null")
-    fields = fields_of_rows([look[i] for i in numbers], lambda i: f"sample {numbers[i]}")
+    fields = fields_of_rows([rows[i] for i in numbers], lambda i: f"sample {numbers[i]}")
+    every = itertools.chain(look, samples)
+    types = set(map(type, look))
+    plain = types in _PLAIN
+    found = _plain_chunks(every, types.pop(), fields, selection) if plain else _row_chunks(every, fields, selection)
+    chunks = (part for chunk, keys in found for part in cut(*selection.apply(chunk, keys)))
+    return PythonInput(selection.fields(fields), chunks, selection)
 
-    def chunks() -> Iterator[tuple[Chunk, Keys]]:
-        rows = enumerate(itertools.chain(look, chosen))
-        for group in grouped(selection.kept((item, number, _bytes_of_row(item)) for number, item in rows)):
-            numbers = [number for _, number, _ in group]
-            where = lambda i: f"sample {numbers[i]}"  # noqa: B023, E731 - used before it changes
-            chunk = chunk_of_rows([item for item, _, _ in group], fields, where)
-            yield from cut(*selection.apply(chunk, np.array(numbers, np.uint64)))
 
-    return PythonInput(selection.fields(fields), chunks(), selection)
+def _row_chunks(
+    samples: Iterator[Any], fields: Sequence[Field], selection: Selection, first: int = 0
+) -> Iterator[tuple[Chunk, Keys]]:
+    """Samples of any kind, the first of them number `first`, with their numbers."""
+    rows = ((_selected(sample, number, selection), number) for number, sample in enumerate(samples, first))
+    for group in grouped(selection.kept((row, number, _bytes_of_row(row)) for row, number in rows), GROUP_BYTES):
+        numbers = [number for _, number, _ in group]
+        where = lambda i: f"sample {numbers[i]}"  # noqa: B023, E731 - used before it changes
+        yield chunk_of_rows([row for row, _, _ in group], fields, where), np.array(numbers, np.uint64)
+
+
+def _plain_chunks(
+    samples: Iterator[Any], kind: type[Any], fields: Sequence[Field], selection: Selection
+) -> Iterator[tuple[Chunk, Keys]]:
+    """Samples that are bytes or text: no mapping is made of each. Others among them are made rows."""
+    first, (item,) = 0, fields
+    for group in _plain_groups(samples, kind):
+        end = first + len(group)
+        if type(group[-1]) is kind:  # only the last may be another
+            column = column_of_values(item, group, lambda i: f"sample {first + i}")  # noqa: B023
+            yield {item.name: column}, np.arange(first, end, dtype=np.uint64)
+        else:
+            yield from _row_chunks(iter(group), fields, selection, first)
+        first = end
+
+
+def _plain_groups(samples: Iterator[Any], kind: type[Any]) -> Iterator[list[Any]]:
+    """Consecutive samples of about `GROUP_BYTES`; one of another type than `kind` ends its group."""
+    group: list[Any] = []
+    size = 0
+    for sample in samples:
+        group.append(sample)
+        size += 8 + len(sample) if type(sample) is kind else GROUP_BYTES  # 8: of the offset
+        if size >= GROUP_BYTES:
+            yield group
+            group, size = [], 0
+    if group:
+        yield group
 
 
 def _bytes_of_row(row: Row) -> int:
     return sum(getattr(value, "nbytes", len(value) if isinstance(value, (str, bytes)) else 8) for value in row.values())
 
 
-def _selected(records: Iterator[Row], selection: Selection) -> Iterator[Row]:
-    for number, row in enumerate(records):
-        yield selection.of_row(row, lambda: f"sample {number}")  # noqa: B023 - used at once
+def _selected(sample: Any, number: int, selection: Selection) -> Row:
+    """What is wanted of a sample."""
+    return selection.of_row(_row(sample), lambda: f"sample {number}")

@@ -48,7 +48,7 @@ def chunk_of_rows(rows: Sequence[Row], fields: Sequence[Field], where: Where) ->
                         f"{where(i)} has {name!r}, which the first rows do not have: give every row the same fields, "
                         f"or name the columns to keep ({', '.join(sorted(names))})"
                     )
-    return {item.name: _column(item, [_get(r, item.name, where, i) for i, r in enumerate(rows)], where)
+    return {item.name: column_of_values(item, [_get(r, item.name, where, i) for i, r in enumerate(rows)], where)
             for item in fields}  # fmt: skip
 
 
@@ -126,13 +126,15 @@ def _as_array(value: Any, name: str, where: Where, i: int) -> np.ndarray:
     return array
 
 
-def _column(item: Field, values: list[Any], where: Where) -> Column:
+def column_of_values(item: Field, values: list[Any], where: Where) -> Column:
+    """One field's values stacked. Raises `DatasetError` naming the first row that does not fit."""
     if item.kind == "text":
-        return _joined([_encoded(v, item, where, i) for i, v in enumerate(values)], "text")
+        return _texts(item, values, where)
     if item.kind == "bytes":
-        for i, value in enumerate(values):
-            if not isinstance(value, _BYTES):
-                raise _unlike(item, value, where(i))
+        if not set(map(type, values)) <= set(_BYTES):
+            for i, value in enumerate(values):
+                if not isinstance(value, _BYTES):
+                    raise _unlike(item, value, where(i))
         return _joined(values, "bytes")
     if item.kind == "ragged":
         return _ragged(item, values, where)
@@ -185,6 +187,13 @@ def _ragged(item: Field, values: list[Any], where: Where) -> Ragged:
             raise _unlike(item, value, where(i))
         arrays.append(array.astype(item.dtype, copy=False))
     return Ragged(np.concatenate(arrays), offsets_of([len(array) for array in arrays]))
+
+
+def _texts(item: Field, values: list[Any], where: Where) -> Ragged:
+    if set(map(type, values)) == {str} and (text := "".join(values)).isascii():  # lengths in letters are those in bytes
+        lengths = np.fromiter(map(len, values), np.int64, count=len(values))
+        return Ragged(np.frombuffer(text.encode(), np.uint8), offsets_of(lengths), "text")
+    return _joined([_encoded(v, item, where, i) for i, v in enumerate(values)], "text")
 
 
 def _encoded(value: Any, item: Field, where: Where, i: int) -> bytes:
