@@ -295,6 +295,42 @@ def test_a_killed_worker_is_named_and_what_was_finished_stays(texts, whole, tmp_
     assert all_bytes(tmp_path / "d") == all_bytes(whole)
 
 
+WAITS_FOR_EVER = textwrap.dedent("""
+    import multiprocessing, os, signal, sys, threading, time
+    from pathlib import Path
+    from turbopump.core.errors import DatasetError
+    from turbopump.data.manifest import Field
+    from turbopump.data.packing import run_tasks
+    from turbopump.data.writer import Staging
+    busy = Path(sys.argv[1]) / "busy"
+
+    class Task:
+        fields = (Field("x", "int64"),)
+        def write(self, partition, writer, tick):
+            busy.write_text(str(os.getpid()))
+            time.sleep(10_000)
+
+    def kill_the_idle_one():
+        while not busy.exists() or not busy.read_text():
+            time.sleep(0.01)
+        idle, = (p for p in multiprocessing.active_children() if p.pid != int(busy.read_text()))
+        os.kill(idle.pid, signal.SIGKILL)  # it waits for work, with the lock of the queue
+
+    threading.Thread(target=kill_the_idle_one).start()
+    with Staging(Path(sys.argv[1]) / "d", key="k") as staging:
+        try:
+            run_tasks(Task(), [0], staging, processes=2, shard_bytes=1 << 20, report=lambda done: None)
+        except DatasetError as error:
+            print(error)
+""")
+
+
+def test_workers_that_are_left_end_with_the_one_that_was_killed(tmp_path):
+    command = [sys.executable, "-c", WAITS_FOR_EVER, str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE_S, check=True)
+    assert "a packing process was killed" in done.stdout
+
+
 def stopped_at(count):
     """A progress function that ends a pack after some reports."""
 

@@ -275,7 +275,7 @@ _job: tuple[Task, Staging, int, Tick] | None = None
 
 def _start_worker(parent: int, task: Task, staging: Staging, shard_bytes: int, done: np.ndarray, numbers: Any) -> None:
     global _job
-    become_helper(parent)
+    become_helper(parent, sigterm_ends=True)
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the library's own switch; the processes are the parallelism
     with numbers.get_lock():
         slot = numbers.value
