@@ -16,6 +16,7 @@ from moto.server import ThreadedMotoServer
 
 from tests.azurite import ACCOUNT, Azurite, find_azurite
 from tests.data.test_remote_dataset import objects_of, pair_of, same, write_arrays, write_tokens
+from tests.processes import PATIENCE_S
 from turbopump.core.errors import RemoteError, UsageError
 from turbopump.data import block_cache
 from turbopump.data.format import open_dataset, verify_dataset
@@ -59,15 +60,18 @@ def azurite(local, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def google(local):
-    """moto's S3 server: the XML interface that obstore asks Google for is that of S3, but for the signature."""
+    """moto's S3 server: the XML interface that obstore asks Google for is that of S3, but for the signature.
+
+    All such servers of a process hold the same buckets: these have names of their own.
+    """
     server = ThreadedMotoServer("127.0.0.1", 0, verbose=False)
     server.start()
     url = "http://{}:{}".format(*server.get_host_and_port())
-    for bucket, access in (("bucket", "private"), ("public", "public-read")):
+    for bucket, access in (("gsprivate", "private"), ("gspublic", "public-read")):
         kind = {"Content-Type": "application/octet-stream", "x-amz-acl": access}
         objects = {name.removeprefix("bucket"): data for name, data in objects_of(local).items()}
         for path, body in [("", b""), *objects.items()]:
-            urlopen(Request(f"{url}/{bucket}{path}", body, kind, method="PUT"), timeout=20).close()
+            urlopen(Request(f"{url}/{bucket}{path}", body, kind, method="PUT"), timeout=PATIENCE_S).close()
     yield url
     server.stop()
 
@@ -112,7 +116,7 @@ def way_of(how: str, request, monkeypatch) -> tuple[str, RemoteConfig]:
         remote = RemoteConfig(endpoint=request.getfixturevalue("google"), anonymous=key == "anonymous", **QUICK)
         if key == "account":
             monkeypatch.setenv("GOOGLE_SERVICE_ACCOUNT", str(request.getfixturevalue("service_account")))
-        return "gs://public" if remote.anonymous else "gs://bucket", remote
+        return "gs://gspublic" if remote.anonymous else "gs://gsprivate", remote
     azurite = request.getfixturevalue("azurite")
     remote = RemoteConfig(endpoint=azurite.url, options={"account_name": ACCOUNT}, **QUICK)
     if key == "key":
