@@ -284,6 +284,29 @@ def test_a_killed_worker_is_named_and_what_was_finished_stays(texts, whole, tmp_
     assert all_bytes(tmp_path / "d") == all_bytes(whole)
 
 
+def test_a_worker_killed_with_the_lock_of_the_others_in_its_hand_is_an_error_too(texts, tmp_path):
+    """The others wait for it for ever, and end all the same."""
+    deadly = textwrap.dedent("""
+        import os
+        import turbopump.data.packing as pool
+        write = pool._in_worker
+        made = pool._Pool.__init__
+        def kept(self, *given):
+            global queue
+            made(self, *given)
+            queue = self._pool._call_queue
+        def deadly(number, partition):
+            if number == 3:
+                queue._rlock.acquire()
+                os._exit(9)
+            return write(number, partition)
+        pool._Pool.__init__, pool._in_worker = kept, deadly
+    """)
+    command = [sys.executable, "-c", deadly + PACK, str(texts), str(tmp_path / "d"), "bytes", "0"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE_S, check=False)
+    assert done.returncode == 1 and "DatasetError: a packing process was killed" in done.stderr
+
+
 def stopped_at(count):
     """A progress function that ends a pack after some reports."""
 

@@ -244,6 +244,8 @@ class _Pool:
             while flying:
                 self._collect(flying, entries)
         except BrokenProcessPool as error:
+            for process in list(self._pool._processes.values()):  # `kill_workers()` of Python 3.14
+                process.kill()  # they ignore the pool's SIGTERM, and may wait for a lock that died with its holder
             raise DatasetError(
                 "a packing process was killed (often for lack of memory): pack again with fewer (--num-processes); "
                 "what is finished is kept"
