@@ -173,6 +173,7 @@ def test_schedules_can_be_run_and_differ():
             )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("kind", "order"), [("ragged", "bucketed"), ("tokens", "shuffle"), ("mixture", "blocks")])
 def test_a_schedule_agrees_with_an_uninterrupted_reader(tmp_path, kind, order):
     write_datasets(tmp_path)

@@ -30,6 +30,7 @@ def settings_now():
     return torch.get_num_threads(), onednn.matmul.fp32_precision, torch._C._get_mkldnn_enabled()
 
 
+@pytest.mark.slow
 def test_a_row_is_found_by_its_trial_and_gives_back_its_operation():
     trials = [Trial(op, route.name) for op in sample_ops.ALL[::7] for route in routes.built_in(op, "cpu")]
     before = settings_now()
