@@ -66,10 +66,12 @@ demo: .venv/.train ## train a language model on real text for a few minutes and 
 
 # ---- habits ------------------------------------------------------------------------------------------------------------
 
+unexport PYTHONDONTWRITEBYTECODE # hundreds of processes in the tests would compile the package anew
+
 test: .venv/.test ## all tests
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) $(ARGS)
 
-check: .venv/.check ## format, lint, types, import rules and the quick tests, in less than a minute
+check: .venv/.check ## format, lint, types, import rules and the quick tests, in about a minute
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy

@@ -137,6 +137,7 @@ def test_an_unexpected_exception_is_one_line_and_debug_shows_where(place: Path, 
     assert (said.code, said.err) == (1, "error: this module had enough\n")
 
 
+@pytest.mark.slow
 def test_without_torch_the_command_to_install_it_is_named(place: Path) -> None:
     code = "import sys; sys.modules['torch'] = None; from turbopump.cli import main; sys.exit(main(sys.argv[1:]))"
     for verb in (["train", "lm.toml", "name=n"], ["evaluate", "runs/lm"]):
@@ -148,6 +149,7 @@ def test_without_torch_the_command_to_install_it_is_named(place: Path) -> None:
         )
 
 
+@pytest.mark.slow
 def test_debug_shows_the_traceback_of_an_error(place: Path) -> None:
     process = start(place, "inspect", "nowhere", "--debug")
     _, err = process.communicate(timeout=PATIENCE_S)

@@ -58,6 +58,7 @@ def test_the_block_blocks():
     assert python(BLOCK + "import torch").returncode == 1
 
 
+@pytest.mark.slow
 def test_modules_import_with_torch_blocked():
     names = modules()
     assert {"turbopump", "turbopump.core.config", "turbopump.core.spans"} <= set(names)
@@ -83,6 +84,7 @@ def test_package_files_are_empty():
     assert not full
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not (ROOT / "turbopump" / "cli.py").exists(), reason="there is no command line yet")
 @pytest.mark.parametrize("arguments", [["--help"], ["train", "--help"], ["report", "--help"], ["inspect", "--help"]])
 def test_help_needs_no_torch(arguments):
@@ -93,6 +95,7 @@ def test_help_needs_no_torch(arguments):
     assert "Usage" in done.stdout
 
 
+@pytest.mark.slow
 def test_kinds_are_found_with_torch_blocked():
     """The reference of all recipe keys reads the configuration of every model and dataset."""
     done = python(BLOCK + "from turbopump.core.reference import recipe_reference; recipe_reference()")

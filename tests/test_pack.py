@@ -55,6 +55,7 @@ def test_every_document_is_in_one_split_whole_and_in_order(folder, tmp_path):
     assert manifest.rows == sum(len(text.encode()) + 1 for text in texts)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("tokenizer", ["bytes", "bpe"])
 def test_the_same_bytes_whatever_the_number_of_processes(folder, tmp_path, monkeypatch, tokenizer):
     monkeypatch.setattr("turbopump.pack.PARTITION_BYTES", (5000, 5000))
@@ -204,6 +205,7 @@ SCRIPT = textwrap.dedent("""
 """)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("signal_number", [signal.SIGKILL, signal.SIGINT])
 def test_a_stopped_pack_leaves_no_dataset_and_no_process(tmp_path, signal_number):
     process = subprocess.Popen(
@@ -221,6 +223,7 @@ def test_a_stopped_pack_leaves_no_dataset_and_no_process(tmp_path, signal_number
     assert os.listdir(tmp_path) == ["d"]
 
 
+@pytest.mark.slow
 def test_a_full_disk_is_a_typed_error_that_leaves_nothing(tmp_path):
     script = textwrap.dedent("""
         import resource, signal, sys, os
@@ -248,6 +251,7 @@ def test_the_standard_library_is_there(tmp_path):
     assert texts[0].key == files[0].path.name
 
 
+@pytest.mark.slow
 def test_packing_needs_no_torch(folder, tmp_path):
     script = (
         "import sys; sys.modules['torch'] = None\n"

@@ -56,6 +56,7 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 # ---- what it says
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "arguments",
     [
@@ -138,6 +139,7 @@ def gpus(here: Path, count: int) -> None:
     machine_file.save(profile, here / "gpus.json")
 
 
+@pytest.mark.slow
 def test_a_probed_host_of_gpus_is_planned_as_such(here, cli):
     gpus(here, 8)
     assert find_target("gpus.json").machine().num_devices == 8
@@ -170,6 +172,7 @@ def test_the_plan_is_written_with_what_it_rests_on(here, cli):
     assert "lm-stdlib" in page and "Where a step" in page
 
 
+@pytest.mark.slow
 def test_train_follows_a_plan_and_keeps_it(place, cli):
     profile = build(domains=("compute", "memory", "host", "comms", "data"))
     machine_file.save(replace(profile, machine={**profile.machine, "num_cores": 1}), place / "machine.json")
@@ -185,6 +188,7 @@ def test_train_follows_a_plan_and_keeps_it(place, cli):
     assert again.code == 0, again.err
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("arguments", "expected"),
     [
@@ -219,6 +223,7 @@ def test_a_live_model_follows_no_plan(place):
 # ---- what it learns from runs, and how good it is
 
 
+@pytest.mark.slow
 def test_runs_refine_the_machine_file(place, cli):
     profile = build(domains=("compute", "memory", "host", "comms", "data"))
     machine = {name: value for name, value in profile.machine.items() if name != "cpu"}
@@ -318,6 +323,7 @@ def test_without_a_machine_file_it_says_how_to_make_one(here, cli):
         plan("lm-stdlib.toml")
 
 
+@pytest.mark.slow
 def test_it_works_without_torch(here):
     code = "import sys; sys.modules['torch'] = None; from turbopump.cli import main; sys.exit(main(sys.argv[1:]))"
     env = {**os.environ, "PYTHONPATH": str(ROOT)}

@@ -80,6 +80,7 @@ def test_the_first_tier_of_every_domain_comes_before_the_second_of_any(output):
     assert len(measured) == 10 and [tiers[key] for key in measured] == sorted(tiers.values())
 
 
+@pytest.mark.slow
 def test_a_short_budget_leaves_out_what_it_says_and_still_knows_something_of_each_domain(output):
     compute, data = Fake(products(400), row_s=0.01), Fake(products(100, dtype="bf16"), row_s=0.01)
     outcome = run(output, compute, data, budget_s=1.0)
@@ -90,6 +91,7 @@ def test_a_short_budget_leaves_out_what_it_says_and_still_knows_something_of_eac
     assert any(line.startswith("compute: ") and "of 400 Gemm fp32, about " in line for line in left)
 
 
+@pytest.mark.slow
 def test_what_one_domain_does_not_spend_the_others_have(output):
     slow = Fake(products(90), row_s=0.01)
     run(output, Fake([]), slow, Fake([]), budget_s=3.0)
@@ -265,6 +267,7 @@ def start(place, kill_at, number):
     )  # fmt: skip
 
 
+@pytest.mark.slow
 def test_killed_it_goes_on_where_it_was(output):
     assert start(output.parent, 5, signal.SIGKILL).returncode == -signal.SIGKILL
     assert not output.exists() and len(read_journal(journal_path(output))[1]) == 5
@@ -276,6 +279,7 @@ def test_killed_it_goes_on_where_it_was(output):
     assert not journal_path(output).exists()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_stops_it_cleanly_and_says_how_to_go_on(output, number):
     done = start(output.parent, 4, number)

@@ -154,6 +154,7 @@ def test_a_directory_with_nothing_but_a_recipe_says_not_measured(tmp_path):
     report([tmp_path, tmp_path])
 
 
+@pytest.mark.slow
 def test_a_long_run_gives_a_small_file(tmp_path):
     write_run(tmp_path / "long", Shape(num_steps=20_000, evaluate_every=50, checkpoint_every=100, killed_after=15_050))
     files = report([tmp_path / "long"])

@@ -178,6 +178,7 @@ def test_schedules_can_be_run_and_differ():
             )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("kind", "order"),
     [("ragged", "bucketed"), ("tokens", "shuffle"), ("mixture", "blocks"), ("ragged mixture", "bucketed")],

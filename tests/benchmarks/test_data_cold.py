@@ -29,6 +29,7 @@ def test_without_fio_there_is_no_ratio(file, monkeypatch):
     assert set(result.speeds) == {"ours", "ours, threads"}
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(shutil.which("fio") is None, reason="fio is not installed")
 def test_fio_is_measured_at_each_setting(file):
     result = data_cold._measure(file, "12 KB", rounds=1, run_s=0.05)

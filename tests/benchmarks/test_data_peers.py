@@ -142,6 +142,7 @@ def this_environment(monkeypatch):
     monkeypatch.setattr(data_peers, "install", dict)
 
 
+@pytest.mark.slow
 def test_peers_in_their_processes(tmp_path, this_environment):
     raw = write_raw(tmp_path / "raw", 100, 400)
     peers = data_peers.installed_peers(["np.memmap", "LMDB"])

@@ -1,3 +1,5 @@
+import pytest
+
 from benchmarks import data_verify
 from turbopump.data.format import open_dataset, verify_dataset
 
@@ -12,6 +14,7 @@ def test_both_sides_read_all_bytes():
     assert not path.exists()
 
 
+@pytest.mark.slow
 def test_the_ratio_is_that_of_the_rates(monkeypatch):
     monkeypatch.setattr(data_verify, "alternating_blocks", lambda contestants, blocks: _run(contestants))
     found = data_verify.measure_verify(quick=True)

@@ -82,6 +82,7 @@ def test_the_clock_is_the_one_given():
     assert times["a"] == [2.0, 2.0, 2.0]
 
 
+@pytest.mark.slow
 @given(st.floats(0.5, 2.0), st.integers(0, 2**32), st.integers(15, 40))
 def test_the_interval_finds_the_true_ratio_through_noise(truth, seed, blocks):
     """Both contestants drift together by a factor of 3, each block has 1 % noise, a tenth of the blocks are hit by

@@ -38,6 +38,7 @@ def test_the_clock_counts_computing_and_waiting_but_not_other_programs():
     assert (spans.time, data_parallel.span) == before
 
 
+@pytest.mark.slow
 def test_a_small_run_is_measured_and_compared(tmp_path):
     dataset = plan_own.dataset_of(tmp_path)
     config = next(c for c in plan_own.recipes(dataset, quick=True) if c.name == "digits-fp32")

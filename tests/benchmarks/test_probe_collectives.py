@@ -14,6 +14,7 @@ def rows(noise: float = 0.0):
     ]
 
 
+@pytest.mark.slow
 def test_every_second_size_is_predicted_from_the_others(monkeypatch):
     monkeypatch.setattr(probe, "measure_here", lambda sizes, rounds: [[row] for row in rows()])
     errors = probe.errors_here(quick=False)

@@ -26,6 +26,7 @@ def test_figures_of_rows_that_are_known():
     assert probe_storage.shares_of_fio([*rows, theirs, slow]) == {theirs.op_key: pytest.approx(2e-3 / 4096e-6)}
 
 
+@pytest.mark.slow
 def test_a_short_run_measures_what_the_figures_need(tmp_path):
     rows = probe_storage.storage_rows(tmp_path, row_s=0.002, budget_s=1.0)
     assert rows and all(row.works or row.problem for row in rows) and list(tmp_path.iterdir()) == []

@@ -34,6 +34,7 @@ def test_contestants_take_turns_of_so_many_steps_and_go_on_where_they_were() -> 
     assert threads == {"a", "b"} and not threads & {thread.name for thread in threading.enumerate()}
 
 
+@pytest.mark.slow
 def test_a_turn_counts_the_cpu_time_of_its_contestant_alone() -> None:
     def busy(after_step) -> None:
         while True:

@@ -51,6 +51,7 @@ def gloo(*ops: Op) -> list[Trial]:
     return [Trial(op, "gloo") for op in ops]
 
 
+@pytest.mark.slow
 def test_every_operation_is_measured_between_two_ranks_or_says_why_not(groups):
     ops = (AllReduce(1 << 16, 2), AllGather(4096, 2), ReduceScatter(4096, 2), AllToAll(4096, 2), Broadcast(4096, 2),
            Send(8), Barrier(ranks=2), AllReduce(4096, 2, dtype="bf16"))  # fmt: skip

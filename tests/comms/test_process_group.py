@@ -26,6 +26,7 @@ def test_incomplete_variables(monkeypatch: pytest.MonkeyPatch) -> None:
         process_group.init_process_group(torch.device("cpu"), 1.0)
 
 
+@pytest.mark.slow
 def test_others_that_never_come(monkeypatch: pytest.MonkeyPatch) -> None:
     for name, value in {"RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}.items():
         monkeypatch.setenv(name, value)

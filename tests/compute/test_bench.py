@@ -30,6 +30,7 @@ def settings_now():
     return torch.get_num_threads(), onednn.matmul.fp32_precision, torch._C._get_mkldnn_enabled()
 
 
+@pytest.mark.slow
 def test_a_row_is_found_by_its_trial_and_gives_back_its_operation():
     trials = [Trial(op, route.name) for op in sample_ops.ALL[::7] for route in routes.built_in(op, "cpu")]
     before = settings_now()
@@ -102,7 +103,7 @@ def test_no_trial_is_begun_that_cannot_end_in_time():
 
 def test_what_no_longer_fits_is_passed_over_for_what_does(monkeypatch):
     large = Gemm(500, 500, 500, "fp32")
-    monkeypatch.setattr(bench._Bench, "_call_s", lambda self, trial, route: 100.0 if trial.op == large else 0.0)
+    monkeypatch.setattr(bench._Bench, "_call_s", lambda self, trial, route: 1000.0 if trial.op == large else 0.0)
     request = replace(REQUEST, ops=(large,))
     rows = list(bench.measure([Trial(large), Trial(SMALL)], request, far()))
     assert [from_fields(row.kind, row.op) for row in rows] == [SMALL]
@@ -110,7 +111,7 @@ def test_what_no_longer_fits_is_passed_over_for_what_does(monkeypatch):
 
 def test_a_core_that_others_use_makes_a_trial_longer(monkeypatch):
     bench_of = bench._Bench(replace(REQUEST, ops=(SMALL,)))
-    monkeypatch.setattr(bench_of, "_call_s", lambda trial, route: 5.0)
+    monkeypatch.setattr(bench_of, "_call_s", lambda trial, route: 50.0)
     assert bench_of.row(Trial(SMALL), far()) is not None
     bench_of.slowdown = 10.0
     assert bench_of.row(Trial(SMALL), far()) is None

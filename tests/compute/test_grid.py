@@ -5,6 +5,7 @@ from turbopump.compute.ops import OPS, Gemm, from_fields
 from turbopump.core.workload import DTYPE_BYTES
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
 def test_the_grid_covers_every_kind_once(device):
     tiered = grid(device)

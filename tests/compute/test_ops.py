@@ -38,6 +38,7 @@ def flops_of(run):
     return counter.get_total_flops()
 
 
+@pytest.mark.slow
 @settings(max_examples=25, deadline=None)
 @given(SIZE, SIZE, SIZE)
 def test_gemm(m, n, k):
@@ -54,6 +55,7 @@ def test_keys_are_stable():
     assert Gemm(1, 2, 3, "fp32") == Gemm(1, 2, 3, "fp32") and hash(Gemm(1, 2, 3, "fp32"))
 
 
+@pytest.mark.slow
 @settings(max_examples=40, deadline=None)
 @given(st.sampled_from([1, 2]), st.sampled_from([1, 3, 5]), st.sampled_from([1, 2]), st.integers(5, 12),
        st.sampled_from([0, 1, 2]))  # fmt: skip

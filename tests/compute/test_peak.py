@@ -51,6 +51,7 @@ def test_a_dtype_that_does_not_run_is_a_row_not_an_error(monkeypatch):
     assert dtype == "fp32" and all("does not run" in row["problem"] for row in rows)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("gain,expected", [(3.0, "bf16"), (1.1, "fp32"), (0.01, "fp32")])
 def test_bf16_is_chosen_only_where_clearly_faster(gain, expected, monkeypatch):
     monkeypatch.setattr(peaks.conditions, "clock", lambda device: FixedClock(gain))

@@ -45,6 +45,7 @@ def data_config(name: str, packed, settings: dict[str, Any]) -> Any:
     return cls(**path, **settings)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", plugins.names("turbopump.models"))
 def test_model_kinds(name: str, packed) -> None:
     settings, data, data_settings = MODELS[name]
@@ -54,6 +55,7 @@ def test_model_kinds(name: str, packed) -> None:
     check_model_kind(kind, kind.config(**settings), shape=source_kind.shape(config), batch=batch)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", plugins.names("turbopump.sources"))
 def test_source_kinds(name: str, packed) -> None:
     settings = {"shift": 1} if name == "digits" else {"seq_len": 16} if name == "tokens" else {}
@@ -91,6 +93,7 @@ def spare(config: Any) -> torch.nn.Module:
 REAL = plugins.find("turbopump.models", "convnet")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("changes", "expected"),
     [
@@ -160,6 +163,7 @@ def opener(cls: type, known: tuple[str, ...] = ("train",)) -> Any:
     return open_source
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("cls", "expected"),
     [
@@ -179,6 +183,7 @@ def test_a_source_kind_that_breaks_its_contract(cls: type, expected: str | None)
         check_source_kind(kind, TonesConfig())
 
 
+@pytest.mark.slow
 def test_sources_that_do_not_travel_or_take_any_split() -> None:
     with pytest.raises(pickle.PicklingError):
         check_source_kind(plugins.SourceKind(TonesConfig, opener(Sealed), lambda c: {"n": 3}), TonesConfig())

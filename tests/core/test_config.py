@@ -116,6 +116,7 @@ def valid_configs() -> st.SearchStrategy[config.Config]:
     return st.builds(fitting, plain, microbatches)
 
 
+@pytest.mark.slow
 @given(valid_configs())
 def test_toml_gives_back_every_valid_config(original):
     text = config.dumps(original)

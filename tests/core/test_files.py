@@ -102,6 +102,7 @@ def test_json_of_dataclasses_and_of_garbage():
             files.from_json(bad)
 
 
+@pytest.mark.slow
 @settings(max_examples=50)
 @given(records, st.data())
 def test_a_file_cut_anywhere_gives_all_whole_lines(tmp_path_factory, written, data):
@@ -126,6 +127,7 @@ def with_close(path, written):
     lines.close()
 
 
+@pytest.mark.slow
 @settings(max_examples=50)
 @given(records.filter(bool), st.data())
 def test_a_flipped_byte_costs_at_most_its_own_lines(tmp_path_factory, written, data):

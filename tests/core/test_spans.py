@@ -287,6 +287,7 @@ def wall_s(records):
     return end
 
 
+@pytest.mark.slow
 @given(histories())
 def test_a_run_sums_to_its_wall_time_whatever_happened(records):
     breakdown = run_breakdown(records)

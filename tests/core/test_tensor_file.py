@@ -102,6 +102,7 @@ def test_a_file_that_lies_is_one_typed_error(tmp_path, content):
         read_layout(tmp_path / "f")
 
 
+@pytest.mark.slow
 def test_mutated_files_are_read_or_refused_and_nothing_else(tmp_path):
     write(tmp_path / "f")
     good = (tmp_path / "f").read_bytes()

@@ -163,6 +163,7 @@ def fill_for_ever(directory, seed: int) -> None:
             assert found is None or found == content(block)
 
 
+@pytest.mark.slow
 def test_kill_at_any_moment_leaves_only_right_blocks(directory):
     """Two processes fill and empty; one is killed at a random moment; who comes later must find no wrong byte."""
     random_ = random.Random(1)

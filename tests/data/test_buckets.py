@@ -11,6 +11,7 @@ from turbopump.data.order import Order
 from turbopump.data.source_order import source_order
 
 
+@pytest.mark.slow
 @settings(max_examples=150, deadline=None)
 @given(
     lengths=st.lists(st.integers(0, 60), min_size=1, max_size=300),
@@ -27,6 +28,7 @@ def test_every_epoch_holds_each_sample_once(lengths, batch, num_buckets, seed):
         assert np.array_equal(np.sort(indices[epochs == epoch][:n]), np.arange(n))
 
 
+@pytest.mark.slow
 @settings(max_examples=40, deadline=None)
 @given(n=st.integers(1, 500), batch=st.integers(1, 50), step=st.integers(0, 1 << 40), seed=st.integers(0, 99))
 def test_a_step_does_not_depend_on_those_asked_before(n, batch, step, seed):

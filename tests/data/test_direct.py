@@ -111,6 +111,7 @@ def batches(draw):
 # --- the same bytes by every engine --------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("engine", ENGINES)
 @pytest.mark.parametrize("depth", [1, 7, 256])
 def test_bytes_are_those_of_the_files(files, engine, depth):
@@ -243,6 +244,7 @@ def test_interrupted_reads_leave_a_usable_reader(files, engine, monkeypatch):
         assert taken(reader, ranges[:50]) == expected(files, ranges[:50])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("engine", ENGINES)
 def test_closing_with_reads_under_way_leaves_nothing(files, engine):
     before = held()

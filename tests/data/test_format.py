@@ -79,6 +79,7 @@ def test_a_flipped_bit_is_found_when_its_block_is_read(tmp_path):
         verify_dataset(tmp_path / "d")
 
 
+@pytest.mark.slow
 def test_every_flip_anywhere_is_found_by_verify(tmp_path):
     write(tmp_path / "d")
     random = np.random.default_rng(0)
@@ -97,6 +98,7 @@ def test_every_flip_anywhere_is_found_by_verify(tmp_path):
     verify_dataset(tmp_path / "d")
 
 
+@pytest.mark.slow
 @settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data())
 def test_a_manifest_made_up_by_anyone_gives_only_typed_errors(tmp_path, data):

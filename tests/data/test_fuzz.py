@@ -18,6 +18,7 @@ def bench(tmp_path_factory):
     return Bench(tmp_path_factory.mktemp("fuzz") / "bench")
 
 
+@pytest.mark.slow
 @settings(max_examples=250, deadline=None)
 @given(st.integers(0, 2**31), st.integers(0, 2**31))
 def test_damage_is_a_typed_error_or_does_not_matter(bench, seed, number):
@@ -27,12 +28,14 @@ def test_damage_is_a_typed_error_or_does_not_matter(bench, seed, number):
     assert outcome in EXPECTED, f"seed {seed}: {outcome}"
 
 
+@pytest.mark.slow
 def test_processes_do_their_share_and_every_outcome_is_met():
     counts = fuzz(300, seed=5)
     assert sum(counts.values()) == 300 and set(counts) == set(EXPECTED), counts
     assert counts["error"] > 100
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("end", ["crash", "hang", "untyped", "blind"])
 def test_a_failure_is_counted_and_the_rest_is_done(monkeypatch, end):
     """The benchmark can fail: a reader that dies, stops, raises something else, or does not check."""

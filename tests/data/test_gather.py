@@ -88,6 +88,7 @@ def test_rows(compiled, rows, row_bytes, seed, wrong):
         assert np.array_equal(found[0][1], np.concatenate(parts).reshape(-1, row_bytes)[index])
 
 
+@pytest.mark.slow
 @settings(max_examples=200, deadline=None)
 @given(
     shards, st.sampled_from(["u1", "u2", "u4", "u8", "i1", "i2", "i4", "i8", "f4"]), st.booleans(),
@@ -123,6 +124,7 @@ def ragged_parts(random, rows, item_bytes):
     return offsets, values
 
 
+@pytest.mark.slow
 @settings(max_examples=150, deadline=None)
 @given(shards, st.sampled_from([1, 4, 16, 24]), st.integers(0, 2**32 - 1), st.integers(0, 8000))
 def test_ragged_rows_and_too_little_room(compiled, rows, item_bytes, seed, room):
@@ -353,6 +355,7 @@ CUT_SHORT = textwrap.dedent("""
 """)
 
 
+@pytest.mark.slow
 def test_a_file_cut_short_under_its_map_is_an_error_and_not_the_end(tmp_path, compiled):
     from turbopump.data.manifest import Field
     from turbopump.data.ragged import ragged_of

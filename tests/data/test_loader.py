@@ -95,6 +95,7 @@ def same(a, b):
     return len(a) == len(b) and all(torch.equal(x, y) for x, y in pairs)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("world_size", [1, 2, 4])
 @pytest.mark.parametrize("num_workers", [0, 2])
 @pytest.mark.parametrize("source", [Noisy(), DIGITS.open(DigitsConfig(shift=2), "train")], ids=["user", "digits"])
@@ -197,6 +198,7 @@ class Deadly(Noisy):
         return super().__getitem__(index)
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:a loader process was killed")
 @pytest.mark.parametrize("batched", [False, True])
 def test_a_record_that_kills_its_process_twice_is_named_and_only_in_next(batched):
@@ -244,6 +246,7 @@ class Slow(Noisy):
         return super().__getitem__(index)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kill_every", [15, 1])
 def test_processes_killed_from_outside_are_started_again_a_few_times(kill_every):
     expected = list(Loader(Noisy(), global_batch=4, num_steps=60))
@@ -321,6 +324,7 @@ def test_rank_0_has_a_share_of_the_fewest_samples():
 KINDS = [(0, "auto"), (1, "threads"), (3, "threads"), (1, "processes"), (3, "processes")]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("num_workers", "workers"), KINDS)
 @pytest.mark.parametrize("copy", [True, False])
 def test_every_kind_of_reader_gives_the_same_batches(tmp_path, num_workers, workers, copy):
@@ -331,6 +335,7 @@ def test_every_kind_of_reader_gives_the_same_batches(tmp_path, num_workers, work
     assert same(global_batches(source, 1, start=17, steps=23, microbatch=4, **options), expected[17:])
 
 
+@pytest.mark.slow
 def test_any_schedule_of_ranks_readers_and_stops_gives_the_same_batches(tmp_path):
     table, chosen = Table(tmp_path / "table", width=300), random.Random(5)
     for source in (table, Noisy()):
@@ -347,6 +352,7 @@ def test_any_schedule_of_ranks_readers_and_stops_gives_the_same_batches(tmp_path
             assert same(got, expected)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("num_workers", "workers"), KINDS)
 def test_a_batch_is_kept_or_valid_until_the_next(tmp_path, num_workers, workers):
     options = {"global_batch": 8, "num_steps": 30, "num_workers": num_workers, "workers": workers}
@@ -382,6 +388,7 @@ def test_steps_are_not_read_further_ahead_than_the_ring_is_long(tmp_path):
         assert loader.stats.keys() == {"ready_steps", "read_s", "wait_s", "restarts"}
 
 
+@pytest.mark.slow
 def test_auto_measures_and_its_choice_can_be_given_back(tmp_path):
     cases = [(Noisy(), "processes"), (Slow(), "processes"), (Table(tmp_path / "t", 53, 300), "threads"),
              (Table(tmp_path / "u", 53, 300_000), "threads")]  # fmt: skip

@@ -39,6 +39,7 @@ def opened(workers):
     return Loader(Data(), global_batch=8, num_workers=2, workers=workers)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("workers", KINDS)
 def test_an_end_within_the_program_leaves_nothing(workers):
     next(opened(workers))  # what is made once and stays
@@ -95,6 +96,7 @@ def start_script(workers, end=None):
     return process, pids
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("workers", KINDS)
 def test_ctrl_c_leaves_no_process_behind(workers):
     process, pids = start_script(workers)
@@ -104,6 +106,7 @@ def test_ctrl_c_leaves_no_process_behind(workers):
     assert stderr.count("KeyboardInterrupt") == 1  # the workers printed no traceback of their own
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("workers", KINDS)
 @pytest.mark.parametrize("end", ["sys.exit(3)", "os._exit(3)"])
 def test_an_end_without_close_does_not_hang(workers, end):
@@ -112,6 +115,7 @@ def test_an_end_without_close_does_not_hang(workers, end):
     assert process.returncode == 3 and all_gone(pids) and not stderr
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("workers", KINDS)
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
 def test_a_killed_training_process_takes_its_workers_with_it(workers, number):
@@ -121,6 +125,7 @@ def test_a_killed_training_process_takes_its_workers_with_it(workers, number):
     assert process.returncode == -number and all_gone(pids)
 
 
+@pytest.mark.slow
 def test_workers_of_a_process_with_busy_threads_do_not_hang():
     script = textwrap.dedent("""
         import sys, torch

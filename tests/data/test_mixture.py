@@ -67,6 +67,7 @@ def mixtures(draw):
     )
 
 
+@pytest.mark.slow
 @settings(max_examples=60, deadline=None)
 @given(order=mixtures(), data=st.data())
 def test_every_draw_is_accounted_for(order, data):

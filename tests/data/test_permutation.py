@@ -87,6 +87,7 @@ def test_every_sample_is_equally_likely_at_every_place_of_a_tiny_dataset(n):
     assert chi2 < 2.5
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("n", [10**6, (1 << 20) + 1])
 @pytest.mark.parametrize("seed", [0, 1])
 def test_positions_and_successive_differences_look_like_a_shuffle(n, seed):

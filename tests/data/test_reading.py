@@ -123,6 +123,7 @@ def test_single_fields_whole_shards_and_lengths(stored, reading):
         assert data.locate(row) == f"row {row - data.bounds[shard]} of {stored / data.shards[shard].file}"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("reading", READINGS)
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_windows_of_every_dtype(tmp_path, reading, dtype):
@@ -162,6 +163,7 @@ def test_rows_that_are_not_there_and_memory_that_is_too_small(stored, reading):
         data.windows([0], 9, out=np.empty((1, 8), np.int64))
 
 
+@pytest.mark.slow
 @settings(max_examples=30, deadline=None)
 @given(st.data())
 def test_batches_in_any_order_told_beforehand_or_not(stored, data):
@@ -188,6 +190,7 @@ def test_batches_in_any_order_told_beforehand_or_not(stored, data):
                 ranged.prefetch([0, ROWS])
 
 
+@pytest.mark.slow
 def test_a_loader_that_was_closed_leaves_nothing_in_the_way_of_the_next(stored):
     ranged = open_data(stored, "direct")
     for begin in range(8):
@@ -253,6 +256,7 @@ def flipped(file, place, bit=3):
     file.write_bytes(good)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("reading", READINGS)
 def test_a_flipped_bit_in_values_or_offsets_is_found_on_the_first_read(tmp_path, reading):
     write(tmp_path / "d")
@@ -290,6 +294,7 @@ def test_an_error_names_the_row_it_was_met_at(tmp_path, reading):
         assert np.array_equal(data.rows(0, [415, 432]), [415, 432])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("reading", READINGS)
 def test_flipped_bits_in_the_checksums_and_the_manifest(tmp_path, reading):
     write(tmp_path / "d")
@@ -401,6 +406,7 @@ def many_shards(path, num_shards):
     (path / "manifest.json").write_bytes(replace(manifest, splits={"train": split}).dumps())
 
 
+@pytest.mark.slow
 def test_ten_thousand_shards(tmp_path):
     many_shards(tmp_path / "d", 10_000)
     data = open_dataset(tmp_path / "d", "mapped").data("train")
@@ -447,6 +453,7 @@ def test_sources_travel_by_pickle_and_fork(stored, reading):
     same(source.__getitems__(ids), COLUMNS, ids)
 
 
+@pytest.mark.slow
 def test_the_reference_gives_the_same_batches_where_nothing_can_be_compiled(stored, tmp_path):
     script = textwrap.dedent("""
         import sys, warnings

@@ -91,6 +91,7 @@ def test_the_first_address_is_a_page(reader):
     assert int(reader.read(np.array([0]), np.array([5]), np.array([100]))[0]) % 4096 == 0
 
 
+@pytest.mark.slow
 def test_what_is_in_the_cache_is_not_asked_for_again(server, tmp_path):
     reader = reader_of(server, tmp_path / "cache", blocks=100)
     ranges = some_ranges(1)
@@ -120,6 +121,7 @@ def test_records_side_by_side_are_one_request_without_cache(server, tmp_path):
     reader.close()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "fault", ["error 500", "slow down 503", "too many 429", "truncated", "short", "whole", "stalled"]
 )
@@ -151,6 +153,7 @@ def test_a_wrong_bit_that_the_caller_finds_is_fetched_again(reader, server):
     assert is_right(reader.read(*ranges), *ranges)
 
 
+@pytest.mark.slow
 def test_a_bit_that_flips_in_the_cache_is_found_by_the_next_process(server, tmp_path):
     ranges = some_ranges(3)
     reader = reader_of(server, tmp_path / "cache", blocks=100)
@@ -217,6 +220,7 @@ def test_a_forked_child_reads_with_a_helper_of_its_own(reader):
     assert is_right(reader.read(*ranges), *ranges)
 
 
+@pytest.mark.slow
 def test_a_helper_killed_while_it_fetches_is_replaced(server, reader):
     server.latency_s = 0.1
     try:
@@ -239,6 +243,7 @@ def read_for_ever(server, directory, seed: int) -> None:
         seed += 1
 
 
+@pytest.mark.slow
 def test_kill_while_filling_leaves_a_cache_that_gives_right_bytes(server, tmp_path):
     directory, random = tmp_path / "cache", np.random.default_rng(0)
     for trial in range(12):
@@ -267,6 +272,7 @@ def read_some(server, directory, seed: int) -> None:
     reader.close()
 
 
+@pytest.mark.slow
 def test_four_processes_on_a_cache_smaller_than_the_data_read_right_bytes(server, tmp_path):
     context = multiprocessing.get_context("fork")
     workers = [context.Process(target=read_some, args=(server, tmp_path / "cache", seed)) for seed in range(4)]
@@ -277,6 +283,7 @@ def test_four_processes_on_a_cache_smaller_than_the_data_read_right_bytes(server
     assert [worker.exitcode for worker in workers] == [0] * 4
 
 
+@pytest.mark.slow
 def test_a_block_is_fetched_once_by_two_processes(server, tmp_path):
     context = multiprocessing.get_context("fork")
     server.latency_s = 0.2

@@ -145,6 +145,7 @@ def pair_of(kind: str, local: Path, url: str, remote: RemoteConfig, **settings):
         there._dataset.close()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("cache", list(CACHES))
 @pytest.mark.parametrize("kind", ["tokens", "arrays"])
 @pytest.mark.parametrize("where", ["s3", "http"])
@@ -174,6 +175,7 @@ def test_what_is_read_from_a_store_is_what_is_in_the_directory(where, kind, cach
 READERS = [{"num_workers": 0}, {"num_workers": 1, "workers": "threads"}, {"num_workers": 2, "workers": "processes"}]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("cache", list(CACHES))
 @pytest.mark.parametrize("kind", ["tokens", "arrays"])
 def test_steps_of_a_store_are_those_of_the_directory(kind, cache, local, request):
@@ -191,6 +193,7 @@ def test_steps_of_a_store_are_those_of_the_directory(kind, cache, local, request
             assert same(expected[8], next(loader))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["tokens", "arrays"])
 @pytest.mark.parametrize("order", ["shuffle", "blocks"])
 def test_direct_reading_gives_the_steps_of_mapped_reading(kind, order, local):
@@ -246,6 +249,7 @@ def spoiled(objects: dict[str, bytes], name: str, at: int) -> dict[str, bytes]:
     return {**objects, name: bytes(data)}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("cache", ["cached", "no cache"])
 @pytest.mark.parametrize("field", [0, 2, 3])
 def test_a_byte_that_is_wrong_in_the_store_names_object_and_block(field, cache, http, local, request, tmp_path):
@@ -274,6 +278,7 @@ def test_a_bit_that_flips_on_the_way_once_does_no_harm(kind, cache, http, local,
         http.fail("flipped", times=1)
 
 
+@pytest.mark.slow
 def test_a_shard_that_is_missing_or_short_is_an_error_when_it_is_read(http, local, request):
     url, remote = remote_of("http", request)
     objects = objects_of(local)
@@ -462,6 +467,7 @@ def test_inspect_takes_the_settings_of_remote(s3, http, local, tmp_path, cli):
         inspect(address, remote=RemoteConfig(cache_bytes=5))
 
 
+@pytest.mark.slow
 def test_inspect_describes_and_verifies_an_address(http, s3, local, monkeypatch, cli):
     monkeypatch.setenv("AWS_ENDPOINT_URL", s3)
     monkeypatch.setenv("AWS_REGION", "us-east-1")
@@ -599,6 +605,7 @@ def test_a_run_writes_down_no_query(local, http, tmp_path, monkeypatch):
     assert len(written) > 8 and not any(b"5ec2e75ec2e7" in file.read_bytes() for file in written)
 
 
+@pytest.mark.slow
 def test_training_from_a_store_is_training_from_the_directory(local, s3, tmp_path, monkeypatch):
     from turbopump.train import train
 

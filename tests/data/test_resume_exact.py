@@ -179,6 +179,7 @@ def random_case(rng):
     return lambda: Order(n, batch, order=kind, seed=seed, **blocks), draws, num_steps
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("part", range(10))
 def test_no_batch_differs_after_any_restart_on_any_number_of_ranks(part):
     differing = compared = 0

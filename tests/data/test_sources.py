@@ -27,6 +27,7 @@ def write_tokens(path, tokens, shard_bytes):
     return TOKENS.open(TokensConfig(path=str(path), seq_len=7), "train")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("shard_bytes", [3, 10, 17, 64, 10_000])
 def test_windows_over_any_shards(tmp_path, shard_bytes):
     tokens = np.random.default_rng(0).integers(0, 256, 1000).astype(np.uint8)

@@ -84,6 +84,7 @@ def test_trials_are_unique_the_telling_first_and_those_of_a_recipe_before_all(tm
 # --- real runs -------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_every_route_gives_a_row_and_leaves_nothing(tmp_path):
     trials = [Trial(op, route) for op in (RANDOM, SEQUENTIAL) for route in ROUTES]
     trials += [Trial(CACHED, "pread", threads=4), Trial(CACHED, "mmap"), Trial(CACHED, "io_uring")]
@@ -211,6 +212,7 @@ def test_time_that_is_up_leaves_trials_out(tmp_path):
     assert len(measured(trials, tmp_path, seconds=600)) == 3
 
 
+@pytest.mark.slow
 def test_an_abandoned_measurement_gives_everything_back(tmp_path):
     before = number_of_descriptors()
     rows = bench.measure([Trial(RANDOM, "pread"), Trial(CACHED, "mmap")], request(tmp_path), time.monotonic() + 600)
@@ -293,6 +295,7 @@ for row in bench.measure(trials, Request(directory=Path(sys.argv[1]), row_s=0.01
 """
 
 
+@pytest.mark.slow
 def test_a_limit_on_file_sizes_is_a_problem_of_each_row(tmp_path):
     done = subprocess.run([sys.executable, "-c", LIMITED, str(tmp_path)], capture_output=True, text=True, cwd=ROOT,
                           env={**os.environ, "PYTHONPATH": str(ROOT)}, check=False)  # fmt: skip
@@ -337,6 +340,7 @@ for row in bench.measure([Trial(op, route)] * 10**6, request, time.monotonic() +
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("op,route,named", [("read", "pread", "nameless"), ("read", "pread", "named"),
                                             ("checkpoint", "checkpoint writer", "nameless")])  # fmt: skip
 @pytest.mark.parametrize("stop", [signal.SIGKILL, signal.SIGINT])

@@ -52,6 +52,7 @@ TRANSIENT = ["error 500", "slow down 503", "too many 429", "truncated", "short",
              "unlabelled", "compressed"]  # fmt: skip
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("fault", TRANSIENT)
 def test_what_passes_is_tried_again_and_the_bytes_are_right(store, server, fault):
     server.fail(fault, times=2)
@@ -60,6 +61,7 @@ def test_what_passes_is_tried_again_and_the_bytes_are_right(store, server, fault
     assert store.statistics["throttled"] == (2 if fault in ("slow down 503", "too many 429") else 0)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "fault", ["error 500", "slow down 503", "truncated", "short", "whole", "shifted", "compressed"]
 )
@@ -71,6 +73,7 @@ def test_what_stays_is_an_error_that_says_what_was_asked_and_answered(store, ser
     assert store.get_range("a.bin", 1000, 1003) == DATA[1000:1003]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("fault", ["missing 404", "denied 403"])
 def test_what_will_not_change_is_not_asked_twice(store, server, fault):
     server.fail(fault, times=None)
@@ -202,6 +205,7 @@ def test_a_directory_is_a_store(tmp_path):
     store.close()
 
 
+@pytest.mark.slow
 def test_a_real_s3_server(monkeypatch):
     server = ThreadedMotoServer("127.0.0.1", 0, verbose=False)
     server.start()

@@ -36,6 +36,7 @@ def test_bytes_come_back(text):
     assert tokenizer.decode(tokenizer.encode(text)) == text
 
 
+@pytest.mark.slow
 @given(text=CODE_LIKE)
 @settings(max_examples=600, deadline=None)
 def test_bpe_gives_the_ids_of_the_library_and_text_comes_back(bpe, text):

@@ -281,6 +281,7 @@ def test_packs_killed_at_any_moment_go_on_to_the_same_bytes(texts, whole, tmp_pa
     assert resumed >= 4
 
 
+@pytest.mark.slow
 def test_a_killed_worker_is_named_and_what_was_finished_stays(texts, whole, tmp_path):
     process = start(texts, tmp_path / "d")
     staging = tmp_path / ".d.partial"
@@ -356,6 +357,7 @@ def stop_after_some(texts, place, **options):
     return kept
 
 
+@pytest.mark.slow
 def test_other_options_and_changed_sources_are_packed_anew(texts, tmp_path, small_partitions):
     place = tmp_path / "d"
     stop_after_some(texts, place, validation=0.1)
@@ -393,6 +395,7 @@ def test_changed_tables_are_packed_anew(tmp_path, small_partitions):
     assert str(data.ragged(1, [0])[0]).startswith("TEXT")
 
 
+@pytest.mark.slow
 def test_two_packs_at_one_place(texts, tmp_path):
     first = start(texts, tmp_path / "d")
     while first.poll() is None and not list(tmp_path.glob(".d.partial/part-*.json")):
@@ -435,6 +438,7 @@ def test_packs_that_race_leave_one_whole_dataset(tmp_path):
     assert os.listdir(tmp_path) == ["d"]
 
 
+@pytest.mark.slow
 def test_a_full_disk_keeps_what_is_finished(texts, tmp_path):
     script = "import resource\nresource.setrlimit(resource.RLIMIT_FSIZE, (30_000, 30_000))\n" + PACK.replace(
         "shard_bytes=8192", "shard_bytes=1 << 20"

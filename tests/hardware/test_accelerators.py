@@ -236,6 +236,7 @@ def test_a_name_twice_over_two_files_of_the_catalog(tmp_path: Path, monkeypatch:
 VALUES = st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=4) | st.lists(st.text(max_size=3))
 
 
+@pytest.mark.slow
 @settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     row=st.dictionaries(st.sampled_from([*accelerators.DEVICE_KEYS, "x", "memory"]), VALUES, max_size=6),

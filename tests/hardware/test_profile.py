@@ -180,6 +180,7 @@ def load_or_refuse(path: Path) -> None:
     assert load(path.with_name("again.json")) == found
 
 
+@pytest.mark.slow
 @settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data(), value=JSON, drop=st.booleans())
 def test_any_value_anywhere_is_read_or_refused(tmp_path: Path, data: st.DataObject, value: Any, drop: bool) -> None:

@@ -32,6 +32,7 @@ def cores(count: int, *threads: int):
 LM = read_subject(RECIPES / "lm-stdlib.toml", ["precision.compute=fp32"])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["lm-stdlib", "convnet-digits", "deepspeech2-tones"])
 def test_every_recipe_is_planned(name):
     found = search_ops(read_subject(RECIPES / f"{name}.toml"), Place(cores(2, 1, 2)))

@@ -48,6 +48,7 @@ def test_lengths_are_those_of_batches_not_the_longest(profile):
     assert run_of(RECIPE, "fp32", 2).workload.samples == 4
 
 
+@pytest.mark.slow
 def test_auto_takes_the_faster_and_says_so(profile):
     auto = predict_recipe(replace(RECIPE, precision=PrecisionConfig("auto")), profile)
     each = {dtype: predict_recipe(replace(RECIPE, precision=PrecisionConfig(dtype)), profile)
@@ -107,6 +108,7 @@ def test_the_file_says_what_was_expected_or_why_not(profile, tmp_path):
     assert "not a machine file" in prediction_record(RECIPE, machine)["problem"]
 
 
+@pytest.mark.slow
 def test_it_is_written_beside_the_start_and_by_the_end(profile, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     run = RunDir(tmp_path / "run")
@@ -136,6 +138,7 @@ def test_the_start_does_not_wait_for_it_and_the_end_does(tmp_path, monkeypatch):
     assert endless.returncode == 0
 
 
+@pytest.mark.slow
 def test_no_torch_is_needed():
     code = "import sys, turbopump.planner.own_run, turbopump.planner.run_calibration; assert 'torch' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True)

@@ -126,6 +126,7 @@ def test_a_small_working_set_stays_in_the_cache(model):
     assert model.coldness(Run(small)) < 0.05 < model.coldness(Run(work(hidden_size=512)))
 
 
+@pytest.mark.slow
 def test_numbers_of_the_structure_do_what_they_say(profile):
     threads = synthetic_threads(profile)
     run = Run(work(), num_processes=2, data_s=1e-3)

@@ -32,6 +32,7 @@ def observed(profile, structure: Structure, *, times: float = 1.0) -> list[Obser
     return found
 
 
+@pytest.mark.slow
 def test_it_finds_what_made_the_runs(profile):
     made = Structure(compute=1.08, optimizer=1.4, data=0.7, tensor=2.5)
     runs = observed(profile, made)
@@ -41,6 +42,7 @@ def test_it_finds_what_made_the_runs(profile):
     assert after < 0.03 < before
 
 
+@pytest.mark.slow
 def test_numbers_stay_within_bounds_and_bands_within_the_priors(profile):
     found = fit(observed(profile, Structure(), times=50.0), profile)
     for name, (low, high) in BOUNDS.items():
@@ -48,6 +50,7 @@ def test_numbers_stay_within_bounds_and_bands_within_the_priors(profile):
         assert 0 < found.band(name) <= PRIOR_BANDS[name] + 1e-9
 
 
+@pytest.mark.slow
 def test_what_no_run_tells_of_keeps_its_number_and_band(profile):
     found = fit(observed(profile, Structure(compute=1.05)), profile)  # of one process each
     assert found.communication == pytest.approx(1.0) and found.straggling == pytest.approx(Structure().straggling)
@@ -61,6 +64,7 @@ def test_one_disturbed_run_does_not_decide(profile):
     assert abs(math.log(fit(runs, profile).compute)) < math.log(1.15)
 
 
+@pytest.mark.slow
 def test_calibrating_stores_values_bands_and_digest(profile, tmp_path, monkeypatch):
     runs = {one.name: one for one in observed(profile, Structure(compute=1.2))}
     monkeypatch.setattr(run_calibration, "read_run", lambda path, profile: runs[str(path)])

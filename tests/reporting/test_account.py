@@ -120,6 +120,7 @@ def test_checkpoints_on_disk_and_pruned(tmp_path):
     assert [(r["step"], r["kept"]) for r in rows] == [(25, True), (50, False), (75, True), (100, True)]
 
 
+@pytest.mark.slow
 @given(gap_s=st.floats(0, 1e5), killed=st.integers(1, 39), every=st.integers(1, 40), steps=st.integers(40, 50))
 def test_breakdowns_sum_whatever_happens(tmp_path_factory, gap_s, killed, every, steps):
     shape = Shape(num_steps=steps, killed_after=killed, checkpoint_every=every, evaluate_every=7, gap_s=gap_s)

@@ -213,6 +213,7 @@ def test_fields_of_another_version_do_not_matter(profile):
     assert "All rows (3)" in page.text and "NewKind" in page.text
 
 
+@pytest.mark.slow
 def test_a_huge_profile_is_a_small_page():
     profile = build(copies=10)
     assert len(profile.rows) > 4900

@@ -27,6 +27,7 @@ class Data(torch.utils.data.Dataset[torch.Tensor]):
         return torch.full((512,), float(index))
 
 
+@pytest.mark.slow
 def test_fields_agree_with_an_independent_clock(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     measured: dict[str, list[float]] = {}
 

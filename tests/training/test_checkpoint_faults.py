@@ -61,6 +61,7 @@ def trials():
     return module
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("count", [30, pytest.param(300, marks=pytest.mark.slow)])
 def test_kill_9_at_random_moments_loses_nothing_committed(count):
     counts = trials().kill_trials(count)
@@ -69,6 +70,7 @@ def test_kill_9_at_random_moments_loses_nothing_committed(count):
     assert counts["during_a_save"] > count / 4, f"the kills hit too few saves to mean anything: {counts}"
 
 
+@pytest.mark.slow
 def test_300_flipped_bits_are_all_detected():
     counts = trials().flip_trials(300)
     assert counts["undetected"] == 0 and counts["detected"] + counts["harmless"] == 300, counts
@@ -230,6 +232,7 @@ def test_a_crash_at_every_call_leaves_the_old_step_or_the_new(tmp_path, monkeypa
     assert outcomes == sorted(outcomes) and set(outcomes) == {1, 2}, outcomes
 
 
+@pytest.mark.slow
 def test_a_crash_while_a_step_is_replaced_loses_neither(tmp_path, monkeypatch):
     seen = set()
     for at in range(1, 24):
@@ -247,6 +250,7 @@ def test_a_crash_while_a_step_is_replaced_loses_neither(tmp_path, monkeypatch):
     assert seen == {1.0, 2.0}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("code", [errno.EIO, errno.ENOSPC, errno.EROFS, errno.EDQUOT, errno.ESTALE, errno.EACCES])
 def test_an_error_of_any_call_ends_the_save_leaves_no_litter_and_keeps_the_old_step(tmp_path, monkeypatch, code):
     failures, warnings = 0, []

@@ -143,6 +143,7 @@ def write_csv(path, rows=CSV_ROWS, delimiter=",", end="\r\n", opener=open):
     return str(path)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "end"), [("a.csv", "\r\n"), ("a.tsv", "\n")])
 def test_delimited_with_quoted_line_ends(tmp_path, name, end):
     path = write_csv(tmp_path / name, delimiter="\t" if name == "a.tsv" else ",", end=end)
@@ -190,6 +191,7 @@ def test_any_quoting_comes_back_from_csv(tmp_path_factory, texts, target, end):
     assert read_all(source)[0] == rows
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("line", "message"),
     [
@@ -274,6 +276,7 @@ def write_table(path, kind, table=TABLE):
     return str(path)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["parquet", "file", "stream"])
 def test_columnar_files(tmp_path, kind):
     names = {"parquet": "a.parquet", "file": "a.feather", "stream": "a.arrow"}
@@ -381,6 +384,7 @@ def test_a_file_that_changes_is_named(tmp_path, kind):
         list(source.read(partitions[-1]))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["jsonl", "csv", "parquet", "file", "stream", "npy"])
 @settings(max_examples=40)
 @given(data=st.data())

@@ -137,6 +137,7 @@ def test_a_damaged_header_is_not_the_end(tmp_path):
             read_all(open_input([str(path)]), target)
 
 
+@pytest.mark.slow
 @settings(max_examples=80)
 @given(data=st.data())
 def test_flipped_bytes_give_typed_errors_only(tmp_path_factory, data):

@@ -38,6 +38,7 @@ def test_parameters_are_exact(config):
     assert describe(config).params == sum(p.numel() for p in model.parameters())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("config", CONFIGS)
 def test_flops_are_those_torch_counts(config, counted_flops):
     torch.manual_seed(0)

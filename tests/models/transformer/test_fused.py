@@ -49,6 +49,7 @@ def naive_attention(q, k, v):
     return (scores.masked_fill(~mask, float("-inf")).softmax(-1) @ v).transpose(1, 2)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype,tolerance", DTYPES)
 @pytest.mark.parametrize("heads,key_heads", [(4, 4), (4, 2), (6, 1)])
 @pytest.mark.parametrize("length", [1, 7, 64, 65, 150, 600])
