@@ -29,7 +29,7 @@ def written(write, path, parts):
 def test_the_compiled_pass_writes_and_sums_what_the_reference_does(compiled, tmp_path, block_bytes):
     rng = np.random.default_rng(block_bytes)
     most = 3000 if block_bytes == 1 else 3_000_000  # more than is hashed or written back in one step
-    sizes = [0, 1, *rng.integers(0, most, 5).tolist()]
+    sizes = [0, 1, *rng.integers(0, most, 5).tolist(), *[7] * 200]  # many small parts in one write, too
     parts = [(rng.integers(0, 256, size).astype(np.uint8), block_bytes * (i % 3 > 0)) for i, size in enumerate(sizes)]
     whole, sums = written(compiled, tmp_path / "compiled", parts)
     other_whole, other_sums = written(reference, tmp_path / "reference", parts)
