@@ -144,7 +144,7 @@ def measure_pack(peers: Sequence[Peer], scratch: Path, quick: bool) -> tuple[Ver
     here = [peer for peer in peers if not peer.absent]
     times: dict[str, list[float]] = {OURS: [], **{peer.name: [] for peer in here}}
     of_array = []
-    for turn in range(2 if quick else 5):
+    for turn in range(2 if quick else 11):
         order: list[Peer | None] = [None, *here]
         for peer in order[turn % len(order) :] + order[: turn % len(order)]:
             destination = scratch / "packed"
