@@ -109,9 +109,10 @@ def pack(
     there.
     """
     if is_url(destination):
+        bare = str(destination).partition("?")[0]  # what follows may be a secret
         raise UsageError(
-            f"{destination} is the address of a store, and pack writes to a local disk: pack to a folder, then upload "
-            f"all its files (e.g. `aws s3 cp --recursive FOLDER {destination}`), and give the address as data.path"
+            f"{bare} is the address of a store, and pack writes to a local disk: pack to a folder, then upload "
+            f"all its files (e.g. `aws s3 cp --recursive FOLDER {bare}`), and give the address as data.path"
         )
     destination = Path(destination)
     _check_options(tokenizer, tokenizer_pattern, vocab_size, validation, nulls, num_processes, shard_bytes)

@@ -30,7 +30,7 @@ SCHEMA_VERSION = 2
 MANIFEST_NAME = "manifest.json"
 DTYPES = ("uint8", "uint16", "uint32", "uint64", "int8", "int16", "int32", "int64", "float16", "float32", "float64")
 _ITEM_BYTES = {name: int("".join(filter(str.isdigit, name))) // 8 for name in DTYPES}
-_MOST = 1 << 62
+_MOST = 1 << 50  # bytes or rows: 1 PB in one shard is a damaged manifest
 _TINY = 1 << 31  # of one element's shape
 
 FieldKind = Literal["array", "ragged", "bytes", "text"]
