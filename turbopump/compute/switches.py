@@ -108,7 +108,9 @@ def _linear_pointwise(op: Op) -> Callable[..., Tensor]:
 
 def _pointwise_problem(op: Op, device: str) -> str:
     if isinstance(op, Gemm) and op.layout == "nt" and op.dtype in ("fp32", "bf16", "fp16"):
-        return ""
+        onednn = torch.ops.mkldnn
+        has = {"bf16": onednn._is_mkldnn_bf16_supported, "fp16": onednn._is_mkldnn_fp16_supported}
+        return "" if op.dtype == "fp32" or has[op.dtype]() else f"oneDNN has no {op.dtype} on this processor"
     return "oneDNN's fused linear layer multiplies by a weight [n, k] in fp32, bf16 or fp16"
 
 
