@@ -32,7 +32,8 @@ class Data:
 
 def named_memory(pid):
     """Shared memory that would stay behind if `pid` were killed now."""
-    return [line for line in Path(f"/proc/{pid}/maps").read_text().splitlines() if "/dev/shm/" in line]
+    lines = Path(f"/proc/{pid}/maps").read_text().splitlines()
+    return [line for line in lines if "/dev/shm/" in line and not line.endswith("(deleted)")]
 
 
 def opened(workers):
