@@ -32,6 +32,18 @@ void PyBuffer_Release(Buffer*);
 void* PyEval_SaveThread(void);
 void PyEval_RestoreThread(void*);
 void PyErr_Clear(void);
+struct MethodDef { // PyMethodDef
+    const char* name;
+    PyObject* (*function)(PyObject* self, PyObject* const* arguments, intptr_t count);
+    int flags;
+    const char* doc;
+};
+PyObject* PyCFunction_NewEx(MethodDef*, PyObject* self, PyObject* module);
+PyObject* PyLong_FromVoidPtr(void*);
+PyObject* PyLong_FromLongLong(long long);
+void* PyLong_AsVoidPtr(PyObject*);
+long long PyLong_AsLongLong(PyObject*);
+void Py_DecRef(PyObject*);
 }
 
 namespace {
@@ -422,6 +434,49 @@ template <typename Room, typename Work> int64_t with_buffers(PyObject* index, Py
     return 0;
 }
 
+// ---- the quick way: the same as functions of Python's own kind, since a call by ctypes takes as long as 20 rows of 100
+// bytes. They return 0, or anything else where the long way has something to tell.
+
+int64_t quick_rows(const Quick* q, PyObject* const* given, Result* r) {
+    auto room = [&](int64_t n) { return n * q->row_bytes; };
+    return with_buffers(given[0], given[1], room, [&](const int64_t* ids, int64_t n, uint8_t* to) {
+        rows(q->store, n, ids, q->row_bytes, 1, to, r);
+    });
+}
+
+int64_t quick_windows(const Quick* q, PyObject* const* given, Result* r) {
+    const int64_t items = PyLong_AsLongLong(given[0]), wide = PyLong_AsLongLong(given[1]);
+    if (items < 0 || wide < 0) return 1; // -1 with an error: no number
+    auto room = [&](int64_t n) { return n * items * (wide ? 8 : q->row_bytes); };
+    return with_buffers(given[2], given[3], room, [&](const int64_t* ids, int64_t n, uint8_t* to) {
+        windows(q->store, n, ids, items, q->row_bytes, wide, 1, to, r);
+    });
+}
+
+int64_t quick_ragged(const Quick* q, PyObject* const* given, Result* r) {
+    const Array ids(given[0], kSimple), offsets(given[1], kWritable), to(given[2], kWritable);
+    if (ids.failed || offsets.failed || to.failed) return 1;
+    if (offsets.bytes() < ids.bytes() + 8) return 2;
+    without_gil([&] {
+        ragged(q->store, q->values, ids.bytes() / 8, ids.data<const int64_t>(), q->row_bytes, 1, offsets.data<int64_t>(),
+               to.data<uint8_t>(), to.bytes() / q->row_bytes, r);
+    });
+    return 0;
+}
+
+template <int64_t (*read)(const Quick*, PyObject* const*, Result*), int arguments>
+PyObject* called(PyObject* self, PyObject* const* given, intptr_t count) {
+    Result r = {kOk, 0, 0, 0};
+    const int64_t failed = count == arguments ? read((const Quick*)PyLong_AsVoidPtr(self), given, &r) : 1;
+    if (failed == 1) PyErr_Clear();
+    return PyLong_FromLongLong(failed | r.status);
+}
+
+constexpr int kFastCall = 0x80; // METH_FASTCALL
+MethodDef kQuick[] = {{"rows", called<quick_rows, 2>, kFastCall, nullptr},
+                      {"windows", called<quick_windows, 4>, kFastCall, nullptr},
+                      {"ragged", called<quick_ragged, 3>, kFastCall, nullptr}};
+
 } // namespace
 
 extern "C" {
@@ -439,18 +494,7 @@ int64_t tp_rows(const Store* s, int64_t row_bytes, int64_t ask, Result* r, PyObj
     return with_buffers(index, out, room, [&](const int64_t* ids, int64_t n, uint8_t* to) { rows(s, n, ids, row_bytes, ask, to, r); });
 }
 
-// The same with the fewest arguments, since each costs 0.1 us: 0, or anything else where `tp_rows` has something to tell.
-int64_t tp_quick_rows(const Quick* q, PyObject* index, PyObject* out) {
-    Result r = {kOk, 0, 0, 0};
-    auto room = [&](int64_t n) { return n * q->row_bytes; };
-    const int64_t failed = with_buffers(index, out, room, [&](const int64_t* ids, int64_t n, uint8_t* to) {
-        rows(q->store, n, ids, q->row_bytes, 1, to, &r);
-    });
-    if (failed == 1) PyErr_Clear();
-    return failed | r.status;
-}
-
-// Windows from number `start[i]` of the stream on (see `windows`), and the same in the quick way.
+// Windows from number `start[i]` of the stream on (see `windows`).
 int64_t tp_windows(const Store* s, int64_t item_bytes, int64_t ask, Result* r, int64_t items, int64_t wide, PyObject* start,
                    PyObject* out) {
     auto room = [&](int64_t n) { return n * items * (wide ? 8 : item_bytes); };
@@ -459,29 +503,18 @@ int64_t tp_windows(const Store* s, int64_t item_bytes, int64_t ask, Result* r, i
     });
 }
 
-int64_t tp_quick_windows(const Quick* q, int64_t items, int64_t wide, PyObject* start, PyObject* out) {
-    Result r = {kOk, 0, 0, 0};
-    const int64_t failed = tp_windows(q->store, q->row_bytes, 1, &r, items, wide, start, out);
-    if (failed == 1) PyErr_Clear();
-    return failed | r.status;
-}
-
-// Rows of different lengths (see `ragged`), and the same in the quick way.
+// Rows of different lengths (see `ragged`).
 void tp_ragged(const Store* o, const Store* v, int64_t n, const int64_t* index, int64_t item_bytes, int64_t ask,
                int64_t* out_offsets, uint8_t* out, int64_t capacity, Result* r) {
     ragged(o, v, n, index, item_bytes, ask, out_offsets, out, capacity, r);
 }
 
-int64_t tp_quick_ragged(const Quick* q, PyObject* index, PyObject* out_offsets, PyObject* out) {
-    const Array ids(index, kSimple), offsets(out_offsets, kWritable), to(out, kWritable);
-    if (ids.failed || offsets.failed || to.failed) return PyErr_Clear(), 1;
-    if (offsets.bytes() < ids.bytes() + 8) return 2;
-    Result r;
-    without_gil([&] {
-        ragged(q->store, q->values, ids.bytes() / 8, ids.data<const int64_t>(), q->row_bytes, 1, offsets.data<int64_t>(),
-               to.data<uint8_t>(), to.bytes() / q->row_bytes, &r);
-    });
-    return r.status;
+// A function of Python's own kind for the `kind` of `kQuick`, bound to `quick`, which must outlive it.
+PyObject* tp_quick(int64_t kind, void* quick) {
+    PyObject* self = PyLong_FromVoidPtr(quick);
+    PyObject* made = self ? PyCFunction_NewEx(&kQuick[kind], self, nullptr) : nullptr;
+    if (self) Py_DecRef(self);
+    return made;
 }
 
 // Ranges that a reader has fetched: range i lies at `at[i]`, begins with block `first[i]` of shard `shard[i]`, and holds

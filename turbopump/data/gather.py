@@ -11,7 +11,7 @@ from __future__ import annotations
 import ctypes
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cache, partial
+from functools import cache
 from typing import Any, Protocol
 
 import numpy as np
@@ -160,12 +160,8 @@ class Compiled:
             getattr(library, name).restype = None
         python, array = ctypes.PyDLL(library._name), ctypes.py_object  # the same library, called with Python's lock
         self._rows, self._windows = python.tp_rows, python.tp_windows
-        self._quick_rows, self._quick_windows = python.tp_quick_rows, python.tp_quick_windows
-        self._quick_rows.argtypes, self._quick_rows.restype = (pointer, array, array), number
-        self._quick_windows.argtypes = (pointer, number, number, array, array)
-        self._quick_windows.restype = number
-        self._quick_ragged = python.tp_quick_ragged
-        self._quick_ragged.argtypes, self._quick_ragged.restype = (pointer, array, array, array), number
+        self._quick = python.tp_quick
+        self._quick.argtypes, self._quick.restype = (number, pointer), array
         self._rows.argtypes = (pointer, number, number, result, array, array)
         self._windows.argtypes = (pointer, number, number, result, number, number, array, array)
         self._rows.restype = self._windows.restype = number
@@ -175,13 +171,13 @@ class Compiled:
             require_room(out.nbytes, len(index) * row_bytes)
 
     def quick_rows(self, store: Store, row_bytes: int) -> Callable[[Array, Array], int]:
-        return partial(self._quick_rows, store.quick(row_bytes))
+        return self._quick(0, store.quick(row_bytes))
 
     def quick_windows(self, store: Store, item_bytes: int) -> Callable[[int, int, Array, Array], int]:
-        return partial(self._quick_windows, store.quick(item_bytes))
+        return self._quick(1, store.quick(item_bytes))
 
     def quick_ragged(self, offsets: Store, values: Store, item_bytes: int) -> Callable[[Array, Array, Array], int]:
-        return partial(self._quick_ragged, offsets.quick(item_bytes, values))
+        return self._quick(2, offsets.quick(item_bytes, values))
 
     def windows(
         self, store: Store, start: Array, items: int, item_bytes: int, wide: int, ask: bool, out: Array, result: Result

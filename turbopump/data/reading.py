@@ -154,6 +154,7 @@ class SplitData:
         values = [(self._stores[self._first[i]], item) for i, item in enumerate(self.fields)]
         self._quick_rows = [self._kernels.quick_rows(store, item.row_bytes) for store, item in values]
         self._quick_windows = [self._kernels.quick_windows(store, item.item_bytes) for store, item in values]
+        self._widening = [widening_of(item, True) for item in self.fields]
         self._quick_ragged = {
             i: self._kernels.quick_ragged(*self._stores[first : first + 2], self.fields[i].row_bytes)
             for i, first in self._first.items()
@@ -186,8 +187,11 @@ class SplitData:
 
         Windows may cross shards.
         """
+        widening = self._widening[field] if wide else gather.AS_STORED
+        plain = type(start) is _ndarray and start.dtype is _INT64
+        if plain and out is not None and not self._quick_windows[field](items, widening, start, out):
+            return out
         item, ids = self.fields[field], as_ids(start)
-        widening = widening_of(item, wide)
         if out is None:
             out = np.empty((len(ids), items), np.int64 if widening else item.dtype)
         if self._quick_windows[field](items, widening, ids, out):
